@@ -1,0 +1,123 @@
+"""The seams of every method that has a meeting point.
+
+    Round(local, combine, advance)
+
+        local     on a worker, talks to nobody        batches of one share  -> Update
+        combine   on the owner of a slice             updates, in rank order -> Update
+        advance   on the server side, slice by slice  weights, Update        -> weights
+
+A method is a value made of three values, never a class of its own; a famous name is one row of the catalogue.
+Transport and arithmetic keep apart: combine returns the sum over rows with its weight, and advance divides, once.
+
+    n  length of the flat weights      m  values of the buffers      p  ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bigdl_lite.batch import Batch
+from bigdl_lite.model.replica import Replica
+from bigdl_lite.vector import Cut
+
+
+@dataclass(frozen=True)
+class Update:
+    """vector [k]: a sum over `weight` rows (or, later, whatever the method's combine understands)."""
+
+    vector: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """The small things that travel beside an update: not sliced, never compressed, known to all ranks.
+
+    loss is summed over rows; compute_s and data_s are this rank's seconds; buffers [m] float64 after the local work.
+    """
+
+    rank: int
+    rows: int
+    loss: float
+    compute_s: float
+    data_s: float
+    buffers: Tensor
+
+
+class Local(Protocol):
+    """What a worker does between two meetings. Deterministic in (weights, batches, seed): a retried task repeats it."""
+
+    batches: int  # batches of the epoch that one round takes
+
+    def __call__(self, replica: Replica, batches: Sequence[Batch], seed: int) -> tuple[Update, float]:
+        """The update, and the loss summed over the rows. May return replica.gradient itself: it is not kept."""
+        ...
+
+
+class Combine(Protocol):
+    linear: bool  # a sum of sums is a sum: nodes may combine before they exchange
+
+    def __call__(self, updates: Sequence[Update]) -> Update:
+        """The updates of one slice, in rank order, to one. May overwrite updates[0].vector."""
+        ...
+
+
+class Advancer(Protocol):
+    """The living half of an Advance: it owns the optimizer state of one slice."""
+
+    def measure(self, update: Update) -> float:
+        """This slice's part of a sum that step needs over all slices (a squared norm); 0.0 where it needs none."""
+        ...
+
+    def step(self, update: Update, measured: float) -> None:
+        """Advances the slice of the weights in place. measured is the sum of measure() over all slices."""
+        ...
+
+    def end_epoch(self, loss: float) -> None: ...
+
+    def rates(self) -> list[float]:
+        """The learning rate of each parameter group, now."""
+        ...
+
+
+class Advance(Protocol):
+    measures: bool  # whether measure() must be summed over the owners before step()
+
+    def cuts(self, replica: Replica, p: int) -> list[Cut]:
+        """Where replica.weights [n] may be cut for p owners."""
+        ...
+
+    def start(self, replica: Replica, cut: Cut) -> Advancer:
+        """The advancer of replica.weights[cut]."""
+        ...
+
+    def check(self, replica: Replica) -> None:
+        """Raises RecipeError where start() would fail; called once on the driver, before any job."""
+        ...
+
+
+@dataclass(frozen=True)
+class Round:
+    local: Local
+    combine: Combine
+    advance: Advance
+
+
+def merge_buffers(sides: Sequence[Side]) -> Tensor:
+    """One rule for buffers, in all engines: the mean over ranks, weighted by their rows, after every round.
+
+    A value that all ranks with rows agree on stays what it is, to the bit (constants, counters).  [m] float64
+    """
+    found = [side for side in sides if side.rows] or list(sides)[:1]
+    first = found[0].buffers
+    if len(found) == 1 or not len(first):
+        return first
+    stacked = torch.stack([side.buffers for side in found])  # [p, m]
+    rows = torch.tensor([float(side.rows) for side in found], dtype=torch.float64)
+    mean = (stacked * rows[:, None]).sum(0) / rows.sum()
+    return torch.where((stacked == first).all(0), first, mean)

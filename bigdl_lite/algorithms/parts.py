@@ -1,0 +1,245 @@
+"""The parts that synchronous SGD is made of, and that most other methods share.
+
+    k  length of one slice
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bigdl_lite.algorithms.algorithm import Update
+from bigdl_lite.batch import Batch
+from bigdl_lite.errors import RecipeError
+from bigdl_lite.model.layout import Layout
+from bigdl_lite.model.replica import Replica
+from bigdl_lite.vector import Cut, aligned, overlap, slices, snap
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of one batch, summed over its rows."""
+
+    batches: int = 1
+
+    def __call__(self, replica: Replica, batches: Sequence[Batch], seed: int) -> tuple[Update, float]:
+        (batch,) = batches
+        loss = replica.backward(batch, seed)
+        return Update(replica.gradient, float(batch.rows)), loss
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of the updates and of their weights, in rank order.  Cost: p - 1 additions of k values, in place."""
+
+    linear: bool = True
+
+    def __call__(self, updates: Sequence[Update]) -> Update:
+        total = updates[0].vector
+        for update in updates[1:]:
+            total.add_(update.vector)
+        return Update(total, sum(update.weight for update in updates))
+
+
+class Parameters(list[nn.Parameter]):
+    """What an optimizer factory is called with: the trainable parameters in order, and by name in `named`.
+
+        optimizer=lambda p: torch.optim.SGD([{"params": [p.named["head.weight"]], "lr": 0.1}, ...])
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter]) -> None:
+        super().__init__(named.values())
+        self.named = named
+
+
+OptimizerFactory = Callable[[Parameters], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+# rules that treat every value alike, so that a slice may cut through a tensor; all others get whole tensors
+_ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
+)
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+
+
+@dataclass(frozen=True)
+class TorchOptimizer:
+    """Any torch optimizer, each owner advancing its slice: its state exists once in the cluster, not once a worker.
+
+    Element-wise rules see their groups as a few long pieces of the flat vector, whatever the number of tensors. Rules
+    that need whole tensors (LARS, Muon, Adafactor, a class of your own) get them: cuts then fall between tensors.
+
+    clip_norm    the global norm of the mean gradient, as torch.nn.utils.clip_grad_norm_
+    clip_value   the largest magnitude of one value of it, as clip_grad_value_
+    scheduler    made on each owner; stepped after every "step" or every "epoch"
+
+    Source: the slice-wise optimizer is BigDL's (Dai et al., SoCC 2019, Alg. 2); today called ZeRO-1.
+    """
+
+    factory: OptimizerFactory
+    scheduler: SchedulerFactory | None = None
+    per: str = "epoch"
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.per not in ("step", "epoch"):
+            raise RecipeError(f"schedulerInterval is {self.per!r}, must be 'step' or 'epoch'")
+        for name, value in (("clipNorm", self.clip_norm), ("clipValue", self.clip_value)):
+            if value is not None and not value > 0:
+                raise RecipeError(f"{name} is {value}, must be above 0")
+
+    @property
+    def measures(self) -> bool:
+        return self.clip_norm is not None
+
+    def cuts(self, replica: Replica, p: int) -> list[Cut]:
+        even = slices(replica.layout.n, p)
+        if type(self._optimizer(replica)) in _ELEMENTWISE:
+            return aligned(even)
+        return snap(even, [0, *(span.stop for span in replica.layout.parameters)])
+
+    def start(self, replica: Replica, cut: Cut) -> _Slice:
+        return _Slice(self, self._optimizer(replica), replica, cut)
+
+    def _optimizer(self, replica: Replica) -> torch.optim.Optimizer:
+        named = {name: p for name, p in replica.module.named_parameters() if p.requires_grad}
+        made = self.factory(Parameters(named))
+        if not isinstance(made, torch.optim.Optimizer):
+            raise RecipeError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer")
+        if isinstance(made, torch.optim.LBFGS | torch.optim.SparseAdam):
+            raise RecipeError(f"{type(made).__name__} is not supported: it needs a closure or sparse gradients; take Adam or SGD")
+        return made
+
+    def check(self, replica: Replica) -> None:
+        """Makes the optimizer and scheduler once, on the driver, so that a faulty factory is known before any job."""
+        self.start(replica, (0, replica.layout.n))
+
+
+class _Slice:
+    """The optimizer of one slice: the user's own, its groups replaced by the pieces of them that fall into the cut."""
+
+    def __init__(self, how: TorchOptimizer, optimizer: torch.optim.Optimizer, replica: Replica, cut: Cut) -> None:
+        self.how, self.optimizer = how, optimizer
+        whole = type(optimizer) not in _ELEMENTWISE
+        spans = {id(p): s for p, s in zip(replica.parameters, replica.layout.parameters, strict=True)}
+        self.pieces: list[tuple[nn.Parameter, int, int]] = []  # piece, and where it lies in the slice's vector
+        old = dict(optimizer.state)
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            foreign = [p for p in group["params"] if id(p) not in spans]
+            if foreign:
+                raise RecipeError(
+                    f"the optimizer holds a parameter of shape {list(foreign[0].shape)} that is not one of the module's trainable "
+                    "parameters; build it from the parameters that the factory is called with"
+                )
+            mine = sorted((spans[id(p)].start, spans[id(p)].stop, p) for p in group["params"])
+            found = []
+            for (start, stop), members in _runs(mine, cut, whole):
+                if stop == start:
+                    continue
+                flat = replica.weights[start:stop]
+                piece = nn.Parameter(members[0].data if whole else flat)
+                _carry_state(optimizer, old, members, piece, start, stop, spans, whole)
+                self.pieces.append((piece, start - cut[0], stop - cut[0]))
+                found.append(piece)
+            group["params"] = found
+            if type(optimizer) in _FUSED and group.get("fused") is None and not group.get("foreach") and found:
+                group["fused"] = _can_fuse(optimizer, group)
+        self.scheduler = how.scheduler(optimizer) if how.scheduler else None
+
+    def measure(self, update: Update) -> float:
+        if self.how.clip_norm is None:
+            return 0.0
+        mean = torch.linalg.vector_norm(update.vector, dtype=torch.float64) / update.weight
+        return float(mean) ** 2
+
+    def step(self, update: Update, measured: float) -> None:
+        vector = update.vector
+        vector.div_(update.weight)
+        if self.how.clip_value is not None:
+            vector.clamp_(-self.how.clip_value, self.how.clip_value)
+        if self.how.clip_norm is not None:
+            scale = self.how.clip_norm / (measured**0.5 + 1e-6)  # the 1e-6 is torch's
+            if scale < 1.0:
+                vector.mul_(scale)
+        for piece, start, stop in self.pieces:
+            piece.grad = vector[start:stop].view(piece.shape)
+        if self.pieces:
+            self.optimizer.step()
+        if self.scheduler is not None and self.how.per == "step":
+            self._schedule(None)
+
+    def end_epoch(self, loss: float) -> None:
+        if self.scheduler is not None and self.how.per == "epoch":
+            self._schedule(loss)
+
+    def _schedule(self, loss: float | None) -> None:
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if loss is None:
+                raise RecipeError("ReduceLROnPlateau needs an epoch's loss: use schedulerInterval='epoch'")
+            self.scheduler.step(loss)
+            return
+        with warnings.catch_warnings():
+            # an owner of an empty slice never steps its optimizer, which the scheduler takes for a mistake
+            warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
+            self.scheduler.step()
+
+    def rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+
+def _runs(
+    mine: list[tuple[int, int, nn.Parameter]], cut: Cut, whole: bool
+) -> list[tuple[Cut, list[nn.Parameter]]]:
+    """The parts of one group inside the cut; neighbours in the flat vector are joined unless tensors must stay whole."""
+    runs: list[tuple[Cut, list[nn.Parameter]]] = []
+    for start, stop, p in mine:
+        part = overlap((start, stop), cut)
+        if part[0] == part[1]:
+            continue
+        if runs and not whole and runs[-1][0][1] == part[0]:
+            (first, _), members = runs[-1]
+            runs[-1] = ((first, part[1]), [*members, p])
+        else:
+            runs.append((part, [p]))
+    return runs
+
+
+def _carry_state(
+    optimizer: torch.optim.Optimizer, old: dict[Any, dict[str, Any]], members: list[nn.Parameter], piece: nn.Parameter,
+    start: int, stop: int, spans: dict[int, Any], whole: bool,
+) -> None:  # fmt: skip
+    """State that the constructor made (Adagrad does), cut in the same way as the parameters."""
+    if not any(p in old for p in members):
+        return
+    state: dict[str, Any] = {}
+    for key, value in old[members[0]].items():
+        if isinstance(value, Tensor) and value.shape == members[0].shape and not whole and value.ndim:
+            parts = []
+            for p in members:
+                a, b = overlap((spans[id(p)].start, spans[id(p)].stop), (start, stop))
+                parts.append(old[p][key].reshape(-1)[a - spans[id(p)].start : b - spans[id(p)].start])
+            state[key] = torch.cat(parts)
+        else:
+            state[key] = copy.deepcopy(value)
+    optimizer.state[piece] = state
+
+
+def _can_fuse(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool | None:
+    """Whether torch has a one-pass kernel for this rule on this device: found out by trying it on one value."""
+    try:
+        probe = nn.Parameter(torch.zeros(1, dtype=group["params"][0].dtype, device=group["params"][0].device))
+        trial = type(optimizer)([probe], lr=1e-3, fused=True)
+        probe.grad = torch.zeros_like(probe)
+        trial.step()
+    except (RuntimeError, TypeError, ValueError):
+        return group.get("fused")
+    return True

@@ -1,0 +1,85 @@
+"""Rows as tensors, and the order in which an epoch deals them out.
+
+    B  rows of one global batch      N  rows of all shares      p  workers      S  steps of an epoch, ceil(N / B)
+
+Every worker holds one share of the rows. An epoch deals each row exactly once; every step takes B rows in all (the last
+one what is left), and each share gives its part in proportion to what it still has, so that skewed shares end together.
+Both functions below are pure: any worker, and any retry of it, computes the same answer from the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: tensors [b, ...], one per input column; target: [b, ...], or None where there is no label column."""
+
+    inputs: tuple[Tensor, ...]
+    target: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.inputs[0])
+
+    def take(self, index: Tensor) -> Batch:
+        """The rows at index [k] int64, copied."""
+        return Batch(
+            tuple(x.index_select(0, index) for x in self.inputs),
+            None if self.target is None else self.target.index_select(0, index),
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(tuple(map(move, self.inputs)), None if self.target is None else move(self.target))
+
+
+def quotas(counts: Sequence[int], batch_size: int) -> np.ndarray:
+    """How many rows each share gives to each step of an epoch.
+
+    counts   rows of each share, p numbers
+    returns  [S, p] int64; row s sums to min(B, rows left), column r sums to counts[r]
+
+    Each step is divided by largest remainder over what is left: never more than a share has.  Cost O(S p).
+    """
+    left = np.asarray(counts, dtype=np.int64).copy()
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    total = int(left.sum())
+    steps = -(-total // batch_size)
+    out = np.zeros((steps, len(left)), dtype=np.int64)
+    for s in range(steps):
+        want = min(batch_size, total)
+        # exact integers: a float quotient would round differently for large counts
+        floor, remainder = np.divmod(left * want, total) if total < 2**31 else _divmod_big(left, want, total)
+        missing = want - int(floor.sum())
+        floor[np.argsort(-remainder, kind="stable")[:missing]] += 1
+        out[s] = floor
+        left -= floor
+        total -= want
+    return out
+
+
+def _divmod_big(left: np.ndarray, want: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [divmod(int(x) * want, total) for x in left]
+    return np.array([q for q, _ in pairs]), np.array([r for _, r in pairs], dtype=object)
+
+
+def order(n: int, seed: int, epoch: int, rank: int) -> Tensor:
+    """The order in which one share deals its n rows in one epoch: a permutation [n] int64 that depends on all four."""
+    generator = torch.Generator().manual_seed(mix(seed, 1, epoch, rank))
+    return torch.randperm(n, generator=generator)
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed out of several numbers, the same on every machine and in every process."""
+    words = np.random.SeedSequence([abs(int(x)) for x in numbers]).generate_state(2, np.uint32)
+    return (int(words[0]) << 31) ^ int(words[1])

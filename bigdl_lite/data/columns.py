@@ -1,0 +1,137 @@
+"""What each column becomes: the contract between a DataFrame's schema and a module's arguments.
+
+    Arrow type                     tensor                        condition
+    int8 .. int64, uint8 .. 32     [B] int64                     no nulls
+    float, double, bool            [B] float of the module       no nulls, finite
+    list (of lists) of those       [B, ...], the same dtypes     every row of one shape
+    binary, with Raw(shape, dtype) [B, *shape] of that dtype     every value of that many bytes
+    binary, with a function        [B, *], what it returns       every result of one shape and dtype
+
+ml vectors have become lists of numbers before they come here. Everything else is refused by name on the driver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from bigdl_lite.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Raw bytes of one array: C order, little-endian, `shape` without the batch dimension, `dtype` a NumPy name."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        try:
+            np.dtype(self.dtype)
+        except TypeError:
+            raise RecipeError(f"Raw(dtype={self.dtype!r}): not a NumPy dtype") from None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+Decoder = Raw | Callable[[bytes], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column and the dtype of its tensor. depth counts list levels; decoder is set for binary columns only."""
+
+    name: str
+    dtype: torch.dtype
+    depth: int = 0
+    decoder: Decoder | None = None
+    finite: bool = True  # NaN and infinity are errors
+
+    def renamed(self, name: str) -> Column:
+        return replace(self, name=name)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """All that a fit reads: the inputs in the order of forward's arguments, and the label if there is one.
+
+    row is the name of a column of unique int64 row numbers; where given, a share is put in that order before anything
+    else, which makes it independent of how the rows travelled.
+    """
+
+    inputs: tuple[Column, ...]
+    label: Column | None = None
+    row: str | None = None
+
+    @property
+    def all(self) -> tuple[Column, ...]:
+        return self.inputs if self.label is None else (*self.inputs, self.label)
+
+
+def describe(
+    schema: pa.Schema,
+    inputs: Sequence[str],
+    label: str | None,
+    floating: torch.dtype,
+    decoders: Mapping[str, Decoder] | None = None,
+    label_dtype: torch.dtype | None = None,
+    row: str | None = None,
+) -> Columns:
+    """The Columns for names found in `schema`; floating numbers take the dtype `floating`.
+
+    Raises DataError that names the column and the way out: missing, of a type that no tensor can hold, binary without
+    a decoder.
+    """
+    decoders = decoders or {}
+    if not inputs:
+        raise RecipeError("inputCols is empty: name at least one column")
+    unknown = sorted(set(decoders) - {*inputs, *([label] if label else [])})
+    if unknown:
+        raise RecipeError(f"decoders name {unknown}, which are neither input nor label columns")
+    made = [_column(schema, name, floating, decoders.get(name)) for name in inputs]
+    target = None
+    if label is not None:
+        target = _column(schema, label, floating, decoders.get(label))
+        if label_dtype is not None:
+            target = replace(target, dtype=label_dtype)
+    return Columns(tuple(made), target, row)
+
+
+def require(names: Sequence[str], present: Sequence[str]) -> None:
+    """Raises DataError where a column is missing."""
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise DataError(f"no column {missing[0]!r}; the DataFrame has {', '.join(map(repr, present)) or 'none'}")
+
+
+def _column(schema: pa.Schema, name: str, floating: torch.dtype, decoder: Decoder | None) -> Column:
+    require([name], schema.names)
+    kind, depth = schema.field(name).type, 0
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        if decoder is None:
+            raise DataError(
+                f"column {name!r} is binary: say how to read it with decoders={{{name!r}: Raw(shape, dtype)}}, "
+                "or give a function from bytes to a NumPy array"
+            )
+        dtype = floating
+        if isinstance(decoder, Raw):
+            dtype = torch.from_numpy(np.empty(0, decoder.dtype)).dtype
+            dtype = floating if dtype.is_floating_point else dtype
+        return Column(name, dtype, 0, decoder)
+    if decoder is not None:
+        raise DataError(f"column {name!r} is {kind}, a decoder reads binary columns only")
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind, depth = kind.value_type, depth + 1
+    if pa.types.is_integer(kind):
+        return Column(name, torch.int64, depth)
+    if pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return Column(name, floating, depth)
+    hint = "index it first (StringIndexer)" if pa.types.is_string(kind) else "cast it to a number"
+    raise DataError(f"column {name!r} is of type {schema.field(name).type}, which no tensor can hold; {hint}")

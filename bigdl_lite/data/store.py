@@ -1,0 +1,54 @@
+"""A decoded share on local disk: written once, mapped by every Python worker that needs it.
+
+    <folder>/<key>/meta.json      {"columns": [[dtype, shape], ...], "inputs": k}
+    <folder>/<key>/<i>.raw        column i, C order
+
+A share is complete or absent: it is written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bigdl_lite.batch import Batch
+
+
+def save(folder: Path, key: str, share: Batch) -> None:
+    """Writes the share. Another writer of the same key may win: both wrote the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder))
+    try:
+        columns = [*share.inputs, *([] if share.target is None else [share.target])]
+        for i, x in enumerate(columns):
+            x.contiguous().numpy().tofile(aside / f"{i}.raw")
+        meta = {"columns": [[str(x.numpy().dtype), list(x.shape)] for x in columns], "inputs": len(share.inputs)}
+        (aside / "meta.json").write_text(json.dumps(meta))
+        os.rename(aside, folder / key)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not (folder / key).exists():
+            raise
+
+
+def load(folder: Path, key: str) -> Batch | None:
+    """The share, memory-mapped; None where this disk does not have it.  Cost: no copy; pages are shared."""
+    path = folder / key
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except FileNotFoundError:
+        return None
+    columns = []
+    for i, (dtype, shape) in enumerate(meta["columns"]):
+        empty = 0 in shape  # an empty file cannot be mapped
+        # mode "c": private pages, so that torch may treat the memory as writable
+        array = np.empty(shape, dtype) if empty else np.memmap(path / f"{i}.raw", dtype, "c", shape=tuple(shape))
+        columns.append(torch.from_numpy(np.asarray(array)))
+    k = meta["inputs"]
+    return Batch(tuple(columns[:k]), columns[k] if len(columns) > k else None)

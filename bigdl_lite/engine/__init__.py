@@ -1,0 +1,1 @@
+"""Engines: three ways to run the same recipe."""

@@ -1,0 +1,68 @@
+"""From the sides of a step to one line of history. One account for all engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bigdl_lite.algorithms import Side
+from bigdl_lite.engine.recipe import Observer
+from bigdl_lite.errors import DivergedError
+
+_SUMS = ("seconds", "compute_s", "sync_s", "data_s", "bytes_sent")
+
+
+def mean_loss(sides: Sequence[Side], step: int) -> float:
+    """The loss of a step, a mean over all rows. Raises DivergedError that names step and rank."""
+    for side in sides:
+        if not math.isfinite(side.loss):
+            raise DivergedError(
+                f"the loss is {side.loss} in step {step} on rank {side.rank}; "
+                "lower the learning rate, clip gradients (clipNorm), or look at that worker's rows"
+            )
+    return sum(side.loss for side in sides) / max(1, sum(side.rows for side in sides))
+
+
+class History:
+    """Collects lines; tells each to the observer as it comes."""
+
+    def __init__(self, log_interval: int, observer: Observer) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._every, self._observer = log_interval, observer
+        self._epoch: dict[str, Any] = {}
+
+    def start(self, plan: np.ndarray, epochs: int) -> None:
+        """plan [S, p]: the rows that each share gives to each step of an epoch."""
+        self._observer({"start": {"steps": len(plan) * epochs, "epochs": epochs, "rows": int(plan.sum())}})
+
+    def step(
+        self, step: int, epoch: int, sides: Sequence[Side], loss: float, seconds: float, bytes_sent: int, lr: float
+    ) -> None:
+        rows = sum(side.rows for side in sides)
+        compute = max(side.compute_s for side in sides)
+        data = max(side.data_s for side in sides)
+        line = {
+            "step": step, "epoch": epoch, "loss": loss, "rows": rows, "lr": lr, "seconds": seconds, "compute_s": compute,
+            "sync_s": max(0.0, seconds - compute - data), "data_s": data, "bytes_sent": bytes_sent,
+        }  # fmt: skip
+        total = self._epoch or dict.fromkeys((*_SUMS, "rows", "loss", "steps"), 0)
+        for key in _SUMS:
+            total[key] += line[key]
+        total["rows"] += rows
+        total["loss"] += loss * rows
+        total["steps"] += 1
+        self._epoch = total
+        if step % self._every == 0:
+            self.lines.append(line)
+        self._observer(line)
+
+    def epoch(self, epoch: int) -> float:
+        """Closes the epoch; returns its mean loss."""
+        total, self._epoch = self._epoch, {}
+        line = {"epoch": epoch, **total, "loss": total["loss"] / max(1, total["rows"])}
+        self.lines.append(line)
+        self._observer(line)
+        return line["loss"]

@@ -1,0 +1,104 @@
+"""The local engine: ranks are threads of this process that take turns. The reference that the others must equal.
+
+Only one rank computes at a time, and gives its turn away only where it waits for the others. So torch's random state,
+which belongs to the process, can belong to each rank in its turn, and a run repeats to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import pyarrow as pa
+import torch
+
+from bigdl_lite.batch import Batch
+from bigdl_lite.comm.block import Block, private
+from bigdl_lite.data.arrow import agree, nothing, shapes, share
+from bigdl_lite.engine.meeting import Meeting, Place
+from bigdl_lite.engine.rank import block_size, train
+from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
+from bigdl_lite.errors import BigDLError, PeerLost, RecipeError, UserError, report
+
+Frame = Sequence[Iterable[pa.RecordBatch]]
+
+
+class LocalEngine:
+    """Memory: all rows, and p + 1 vectors of the length of the weights."""
+
+    name = "local"
+
+    def fit(self, frame: Frame, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome:
+        """Trains on `frame`, the record batches of each worker's share."""
+        p = recipe.num_workers
+        if len(frame) != p:
+            raise RecipeError(f"{len(frame)} shares for {p} workers; give one to each")
+        found = [share(batches, recipe.columns, rank) for rank, batches in enumerate(frame)]
+        agreed = agree([shapes(x) for x in found], recipe.columns)
+        full = [nothing(recipe.columns, agreed) if x is None else x for x in found]
+        return _Threads(recipe, start, full, observer).run()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch computes with one thread, as each worker on an executor does, so that sums are rounded in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Threads:
+    def __init__(self, recipe: Recipe, start: Start, shares: list[Batch], observer: Observer) -> None:
+        self.recipe, self.start, self.shares, self.observer = recipe, start, shares, observer
+        self.turn = threading.Lock()
+        self.outcome: Outcome | None = None
+        self.errors: dict[int, BaseException] = {}
+        size = block_size(recipe, recipe.num_workers)
+        self.size, self.memory = size, private(size.nbytes)
+        self.blocks: list[Block] = []
+
+    def run(self) -> Outcome:
+        p = self.recipe.num_workers
+        self.blocks = [Block(self.memory, self.size, r, self.recipe.deadline, self._pass_turn, watch=False) for r in range(p)]
+        threads = [threading.Thread(target=self._rank, args=(r,), name=f"rank-{r}", daemon=True) for r in range(p)]
+        with torch.random.fork_rng(devices=[]), _one_thread():
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    while thread.is_alive():
+                        thread.join(0.2)  # a join without end could not be interrupted
+            except BaseException:
+                self.blocks[0].fail()
+                raise
+        if self.errors:
+            rank, error = min(self.errors.items(), key=lambda item: (isinstance(item[1], PeerLost), item[0]))
+            if isinstance(error, BigDLError):
+                raise error
+            raise UserError(report(error, f"rank {rank}")["message"]) from error
+        assert self.outcome is not None
+        return self.outcome
+
+    def _rank(self, r: int) -> None:
+        meeting = Meeting(Place(r, (tuple(range(len(self.shares))),)), self.blocks[r], None, None)
+        with self.turn:
+            try:
+                counts = [x.rows for x in self.shares]
+                outcome = train(self.shares[r], counts, self.recipe, self.start, meeting, self.observer)
+                if r == 0:
+                    self.outcome = Outcome(outcome.weights.clone(), outcome.buffers, outcome.history, LocalEngine.name, outcome.shapes)
+            except BaseException as error:
+                self.errors[r] = error
+                meeting.fail()
+
+    def _pass_turn(self, tries: int) -> None:
+        state = torch.get_rng_state()
+        self.turn.release()
+        time.sleep(0 if tries < 100 else 1e-4)
+        self.turn.acquire()
+        torch.set_rng_state(state)

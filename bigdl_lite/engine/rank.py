@@ -1,0 +1,79 @@
+"""One rank of a fit whose ranks live side by side: processes in the barrier engine, threads in the local one.
+
+    p  ranks      S  steps of an epoch      n  flat weights
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from bigdl_lite.algorithms import Update, merge_buffers
+from bigdl_lite.batch import Batch, mix, order, quotas
+from bigdl_lite.comm.block import Size
+from bigdl_lite.data.arrow import shapes
+from bigdl_lite.engine.history import History, mean_loss
+from bigdl_lite.engine.meeting import SIDE, Meeting
+from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start
+from bigdl_lite.model.batchnorm import SyncBatchNorm, connect
+from bigdl_lite.model.layout import read_buffers
+from bigdl_lite.model.replica import Replica
+
+
+def block_size(recipe: Recipe, q: int) -> Size:
+    """The block that q ranks of one node need for this recipe."""
+    found = recipe.blueprint.layout
+    norms = [m.num_features for m in recipe.blueprint.skeleton.modules() if isinstance(m, SyncBatchNorm)]
+    return Size(found.n, recipe.num_workers, q, SIDE + found.m, 2 * max(norms) + 1 if norms else 0, found.dtype)
+
+
+def train(
+    share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer
+) -> Outcome:
+    """Trains to the end; every rank returns the same weights and buffers. Rank 0 keeps the history and calls the observer.
+
+    share   this rank's rows, perhaps none (but of the shapes that all shares have)
+    counts  the rows of every rank
+    """
+    rank, method, block = meeting.place.rank, recipe.round, meeting.block
+    replica = Replica(recipe.blueprint, block.weights, block.grads[meeting.place.local], start.constants, recipe.loss)
+    connect(replica.module, meeting.all_reduce)
+    if meeting.place.local == 0:
+        block.weights.copy_(start.weights)
+    replica.buffers = start.buffers
+    block.wait()
+    meeting.divide(method.advance.cuts(replica, meeting.place.rails * len(meeting.place.nodes)))
+    advancer = method.advance.start(replica, meeting.cut)
+    plan = quotas(counts, recipe.batch_size)
+    history = History(recipe.log_interval, observer if rank == 0 else lambda event: None)
+    history.start(plan, recipe.epochs)
+    step = 0
+    for epoch in range(recipe.epochs):
+        deal = order(share.rows, recipe.seed, epoch, rank)
+        at = 0
+        for quota in plan:
+            began = time.perf_counter()
+            mine = int(quota[rank])
+            batch = share.take(deal[at : at + mine]).to(block.weights.device)
+            at += mine
+            ready = time.perf_counter()
+            _, loss = method.local(replica, [batch], mix(recipe.seed, 2, step, rank))
+            done = time.perf_counter()
+            meeting.tell(mine, loss, done - ready, ready - began, replica.buffers)
+            sides, sent = meeting.sides()
+            mean = mean_loss(sides, step)
+            measured = 0.0
+            if meeting.owns:
+                update = Update(meeting.combine(method.combine, quota).vector, float(quota.sum()))
+                measured = advancer.measure(update)
+            if method.advance.measures:
+                measured = meeting.total(measured)
+            if meeting.owns:
+                advancer.step(update, measured)
+            if replica.layout.m and len(sides) > 1:
+                replica.buffers = merge_buffers(sides)
+            meeting.publish()
+            history.step(step, epoch, sides, mean, time.perf_counter() - began, sent, advancer.rates()[0])
+            step += 1
+        advancer.end_epoch(history.epoch(epoch))
+    return Outcome(block.weights, read_buffers(replica.module, replica.layout), history.lines, shapes=shapes(share))

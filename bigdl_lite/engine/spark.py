@@ -1,0 +1,193 @@
+"""The door to Spark: frames in shape for the engines, slots, jobs that can be cancelled. Version differences end here.
+
+    p  workers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from pyspark import SparkContext, TaskContext
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import ArrayType, DecimalType, IntegerType, StructField, StructType, UserDefinedType
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from bigdl_lite.data.columns import Columns, Decoder, describe, require
+from bigdl_lite.engine.recipe import Start
+from bigdl_lite.errors import DataError
+
+ROW = "__bigdl_lite_row"
+
+# what Spark will not put into one stage with a barrier, or what hides how many partitions there will be
+_UNFIT = re.compile(r"UnionRDD|CoalescedRDD|PartitionPruningRDD|CartesianRDD|PartitionerAwareUnionRDD")
+
+
+def select(frame: DataFrame, names: Sequence[str]) -> DataFrame:
+    """The named columns, each of a type that Arrow can carry: ml vectors become arrays, decimals doubles.
+
+    Raises DataError where a name is missing.
+    """
+    names = list(dict.fromkeys(names))
+    require(names, frame.columns)
+    return frame.select(*(column.alias(name) for name, column in zip(names, as_columns(frame, names), strict=True)))
+
+
+def as_columns(frame: DataFrame, names: Sequence[str]) -> list[Column]:
+    """Each column as an expression of a type that Arrow can carry."""
+    from pyspark.ml.functions import vector_to_array
+    from pyspark.ml.linalg import VectorUDT
+
+    made = []
+    for name in names:
+        column, kind = F.col(f"`{name}`"), frame.schema[name].dataType
+        if isinstance(kind, VectorUDT):
+            # float64, so that a column of doubles and a vector of doubles are the same to the bit
+            column = vector_to_array(column)
+        elif isinstance(kind, UserDefinedType):
+            raise DataError(f"column {name!r} is of type {kind.simpleString()}, which no tensor can hold")
+        elif isinstance(kind, DecimalType):
+            column = column.cast("double")
+        elif isinstance(kind, ArrayType) and isinstance(kind.elementType, DecimalType):
+            column = column.cast("array<double>")
+        made.append(column)
+    return made
+
+
+def read_columns(
+    frame: DataFrame, inputs: Sequence[str], label: str | None, floating: torch.dtype,
+    decoders: Mapping[str, Decoder] | None = None, label_dtype: torch.dtype | None = None,
+) -> Columns:  # fmt: skip
+    """The Columns of a frame that came out of select(); every fault that the schema shows is an error here."""
+    try:
+        schema = to_arrow_schema(frame.schema)
+    except Exception as error:  # pyspark's own error for a type without an Arrow form
+        raise DataError(f"a column cannot be read through Arrow: {error}") from error
+    return describe(schema, inputs, label, floating, decoders, label_dtype, ROW if ROW in schema.names else None)
+
+
+def arrange(frame: DataFrame, p: int) -> DataFrame:
+    """The frame in exactly p partitions, the same rows in the same order in each however often it is computed.
+
+    A frame that already has p partitions is taken as it is. Any other goes through one shuffle, with a column ROW of row
+    numbers by which every share is put in order again, because a shuffle delivers blocks in any order.
+    """
+    if _partitions(frame) == p:
+        return frame
+    return frame.withColumn(ROW, F.monotonically_increasing_id()).repartition(p, ROW)
+
+
+def _partitions(frame: DataFrame) -> int | None:
+    """How many partitions the frame has, None where that is known only after running it."""
+    if not is_classic(frame):
+        return None
+    execution = frame._jdf.queryExecution()
+    if "Adaptive" in execution.executedPlan().getClass().getSimpleName():
+        return None
+    rdd = execution.toRdd()
+    return None if _UNFIT.search(rdd.toDebugString()) else rdd.getNumPartitions()
+
+
+def is_classic(frame: DataFrame) -> bool:
+    """Whether the frame lives in a session with a JVM of its own (and not behind Spark Connect)."""
+    return hasattr(frame, "_jdf")
+
+
+def slots(spark: SparkSession) -> int:
+    """How many tasks can run at once, now."""
+    sc = spark.sparkContext
+    scala = sc._jsc.sc()
+    return int(scala.maxNumConcurrentTasks(scala.resourceProfileManager().defaultResourceProfile()))
+
+
+def shares(frame: DataFrame, p: int) -> list[list[pa.RecordBatch]]:
+    """All rows on the driver, by partition: for the local engine."""
+    part = "__bigdl_lite_part"
+    schema = StructType([*frame.schema.fields, StructField(part, IntegerType())])
+    # not spark_partition_id(): the optimizer may evaluate that on the driver, where all rows are in partition 0
+    table = collect(frame.mapInArrow(_tagger(part), schema))
+    return [table.filter(pc.equal(table.column(part), i)).to_batches() for i in range(p)]
+
+
+def _tagger(part: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def tag(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        here = TaskContext.get().partitionId()
+        for batch in batches:
+            columns = [*batch.columns, pa.array([here] * batch.num_rows, pa.int32())]
+            yield pa.RecordBatch.from_arrays(columns, [*batch.schema.names, part])
+
+    return tag
+
+
+def collect(frame: DataFrame) -> pa.Table:
+    """All rows as one Arrow table."""
+    if hasattr(frame, "toArrow"):
+        return frame.toArrow()
+    batches = frame._collect_as_arrow()
+    schema = to_arrow_schema(frame.schema)
+    return pa.Table.from_batches(batches, schema) if batches else schema.empty_table()
+
+
+@contextlib.contextmanager
+def jobs(sc: SparkContext, description: str) -> Iterator[str]:
+    """Jobs started inside carry a tag and a description, and are cancelled where the block ends in an exception.
+
+    Ctrl-C in the driver, or a cancelled notebook cell, thus ends the tasks too. The user's own tags, groups and
+    description are left as they were.
+    """
+    tag = f"bigdl_lite-{uuid.uuid4().hex[:12]}"
+    before = sc.getLocalProperty("spark.job.description")
+    sc.addJobTag(tag)
+    sc.setJobDescription(description)
+    try:
+        yield tag
+    except BaseException:
+        with contextlib.suppress(Exception):  # a stopped context has no job left to cancel
+            sc.cancelJobsWithTag(tag)
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            sc.removeJobTag(tag)
+            sc.setJobDescription(before)
+
+
+@dataclass
+class Shipped:
+    """A Start on its way to the executors: sent to each of them once, as safetensors."""
+
+    broadcast: Any
+    key: str  # unique to this value, for caches on executors
+    application: str
+
+    @staticmethod
+    def send(sc: SparkContext, start: Start) -> Shipped:
+        tensors = {f"constant.{name}": x.contiguous() for name, x in start.constants.items()}
+        return Shipped(sc.broadcast(save_tensors({"weights": start.weights, "buffers": start.buffers, **tensors})), uuid.uuid4().hex, sc.applicationId)
+
+    def read(self) -> Start:
+        found = load_tensors(self.broadcast.value)
+        constants = {name.removeprefix("constant."): x for name, x in found.items() if name.startswith("constant.")}
+        return Start(found["weights"], found["buffers"], constants)
+
+    def drop(self) -> None:
+        with contextlib.suppress(Exception):  # nothing to free after the session has ended
+            self.broadcast.destroy()
+
+
+def gpu(context: TaskContext) -> torch.device | None:
+    """The GPU that Spark gave to this task, if it gave one and torch can use it."""
+    given = context.resources().get("gpu")
+    if given is None or not given.addresses or not torch.cuda.is_available():
+        return None
+    index = int(given.addresses[0])
+    return torch.device("cuda", index if index < torch.cuda.device_count() else 0)

@@ -1,0 +1,44 @@
+"""What a Python task on an executor pays besides its work, and how to stop paying it. The one place for that.
+
+Called at the head of every task of ours; each measure lasts as long as the reused worker process, and touches nothing
+that a user's own task could notice.
+
+    cost of a task as shipped                          remedy here
+    importlib.invalidate_caches() makes zipimport      the zip importers' own invalidate_caches does nothing: an archive
+    re-read pyspark.zip and a jar: 100-400 ms          on the path of a running application does not change
+    (Spark < 4.3)
+    a full garbage collection of a large heap          objects alive after the imports are frozen, once
+    threads of N workers fighting for the cores        torch computes with one thread a task
+
+What needs a setting of the application (Unix domain sockets, torch imported once before the fork) is in session.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import zipimport
+
+import torch
+
+_done = False
+
+
+def settle() -> None:
+    """Idempotent and cheap: one attribute test after the first call in a process."""
+    global _done
+    if _done:
+        return
+    _done = True
+    zipimport.zipimporter.invalidate_caches = lambda self: None  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    with contextlib.suppress(RuntimeError):  # set before by someone else, or parallel work has begun
+        torch.set_num_interop_threads(1)
+    gc.freeze()
+
+
+def local_dir() -> str:
+    """This executor's own scratch directory, which Spark removes with the executor."""
+    found = os.environ.get("SPARK_LOCAL_DIRS", "").split(",")[0]
+    return found if found and os.path.isdir(found) else "/tmp"

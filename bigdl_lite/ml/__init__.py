@@ -1,0 +1,1 @@
+"""The face that pyspark.ml users know."""

@@ -1,0 +1,218 @@
+"""TorchEstimator: fit(df) trains a torch module where the data lies.
+
+From Params to a Recipe, from a DataFrame to a frame of numWorkers partitions, then to an engine; and back to a Model.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyspark import RDD
+from pyspark.ml import Estimator
+from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
+from pyspark.sql import DataFrame
+from torch import Tensor, nn
+
+from bigdl_lite.algorithms import Round, method
+from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, TorchOptimizer
+from bigdl_lite.data.columns import Columns, Decoder
+from bigdl_lite.engine.pack import check
+from bigdl_lite.engine.recipe import Engine, Recipe, Start
+from bigdl_lite.engine.spark import arrange, read_columns, select
+from bigdl_lite.errors import BigDLError, RecipeError, UserError, report
+from bigdl_lite.ml.engines import choose
+from bigdl_lite.ml.head import Head, classifier_kind
+from bigdl_lite.ml.model import TorchClassificationModel, TorchModel, TorchRegressionModel, model_of
+from bigdl_lite.ml.params import HasTraining, set_given
+from bigdl_lite.ml.rows import from_rdd
+from bigdl_lite.model.batchnorm import synchronised
+from bigdl_lite.model.layout import Blueprint, blueprint
+from bigdl_lite.model.replica import Replica, Squeezed
+from bigdl_lite.observe.progress import Progress
+
+_LOG = logging.getLogger("bigdl_lite")
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+class TorchEstimator(Estimator, HasTraining):
+    """Trains any torch module on a DataFrame (or an RDD of (inputs, label) NumPy tuples).
+
+    module            an nn.Module (it is copied), or a function without arguments that returns one; weights are made on the
+                      driver, from `seed`
+    loss              callable (output, target) -> one number, the mean over the rows
+    optimizer         callable (parameters) -> torch.optim.Optimizer; any optimizer, parameter groups included. parameters
+                      is the list of trainable parameters, parameters.named the dict of them by name
+    scheduler         callable (optimizer) -> a torch learning rate scheduler, stepped once per schedulerInterval
+    inputCols         one column for each positional argument of forward: numbers, arrays, ml vectors, binary (see decoders)
+    labelCol          the second argument of loss
+    decoders          how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}
+    batchSize         rows of one step over ALL workers
+    numWorkers        workers, each with a share of the rows; None: all slots
+    engine            "auto" | "barrier" | "shuffle" | "local", or an engine object such as ShuffleEngine(codec=...)
+    clipNorm, clipValue   limits on the mean gradient, as torch's clip_grad_norm_ and clip_grad_value_
+
+    BatchNorm and other buffers, in all engines: each worker normalises with the rows of its own share (as in DDP), and
+    after every step a buffer is the mean of the workers' values, weighted by their rows. syncBatchNorm=True takes the
+    statistics of the whole batch instead (engines barrier and local).
+    Frozen parameters are not touched; a trainable one that the loss does not depend on has a gradient of zeros.
+
+    Raises RecipeError and DataError for whatever settings or schema show to be wrong, before any Spark job; DataError for
+    rows, and UserError that begins with the traceback of your own code, from the workers.
+    """
+
+    _model: type[TorchModel] = TorchModel
+
+    def __init__(
+        self, *, module: nn.Module | Callable[[], nn.Module] | None = None, loss: Callable[[Any, Tensor], Tensor] | None = None,
+        optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None, schedulerInterval: str | None = None,
+        inputCols: list[str] | None = None, labelCol: str | None = None, predictionCol: str | None = None,
+        decoders: Mapping[str, Decoder] | None = None, batchSize: int | None = None, epochs: int | None = None,
+        numWorkers: int | None = None, engine: str | Engine | None = None,
+        algorithm: str | Callable[[TorchOptimizer], Round] | None = None, seed: int | None = None,
+        clipNorm: float | None = None, clipValue: float | None = None, syncBatchNorm: bool | None = None,
+        logInterval: int | None = None, predictBatchSize: int | None = None, progress: str | None = None,
+        deadline: float | None = None, **more: Any,
+    ) -> None:  # fmt: skip
+        given = {name: value for name, value in locals().items() if name not in ("self", "more", "__class__")} | more
+        super().__init__()
+        self._setDefault(
+            inputCols=["features"], labelCol="label", predictionCol="prediction", batchSize=256, epochs=1, engine="auto",
+            algorithm="sync-sgd", seed=0, optimizer=_adam, schedulerInterval="epoch", syncBatchNorm=False, logInterval=1,
+            predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
+        )  # fmt: skip
+        unknown = sorted(name for name in more if not self.hasParam(name))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no parameter {unknown[0]!r}")
+        set_given(self, given)
+
+    def _fit(self, dataset: DataFrame | RDD[Any]) -> TorchModel:
+        given = self._given
+        maker, loss = given("module"), given("loss")
+        for name, value in (("module", maker), ("loss", loss), ("optimizer", given("optimizer"))):
+            if value is None:
+                raise RecipeError(f"{name} is not set")
+            if not callable(value):
+                raise RecipeError(f"{name} is {type(value).__name__}, must be callable")
+        module = _make(maker, given("seed"))
+        if given("syncBatchNorm"):
+            module = synchronised(module)
+        plan, weights, buffers, constants = blueprint(module)
+        start = Start(weights, buffers, constants)
+        inputs, label, decoders = self.getInputCols(), self.getLabelCol(), self.getDecoders()
+        if isinstance(dataset, RDD):
+            dataset, inputs, label, decoders = from_rdd(dataset)
+        columns = _columns(dataset, inputs, label, plan.layout.dtype, decoders, loss)
+        advance = TorchOptimizer(
+            given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue")
+        )
+        round_ = method(given("algorithm"), advance)
+        _try(lambda: round_.advance.check(Replica(plan, weights.clone(), None, constants, loss)), "the optimizer or scheduler")
+        loss = self._loss(loss)
+        check(module=plan, loss=loss, optimizer=advance, decoders=decoders)
+        engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession)
+        frame = arrange(select(dataset, [*inputs, label]), p)
+        columns = _columns(frame, inputs, label, plan.layout.dtype, decoders, loss)
+        recipe = Recipe(
+            plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),
+            given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}",
+        )  # fmt: skip
+        bar = Progress(given("progress"))
+        try:
+            outcome = engine.fit(frame, recipe, start, bar)
+        finally:
+            bar.close()
+        head = _try(lambda: self._head(plan, outcome, start, columns, loss), "the module, on rows of zeros in evaluation mode")
+        model = model_of(self._model, columns, head, plan, start, outcome, maker)
+        model._resetUid(self.uid)
+        return self._copyValues(model)
+
+    def _loss(self, loss: Any) -> Any:
+        return loss
+
+    def _kind(self, loss: Any) -> str:
+        return "plain"
+
+    def _head(self, plan: Blueprint, outcome: Any, start: Start, columns: Columns, loss: Any) -> Head | None:
+        """What one row of output looks like: told by two rows of zeros."""
+        from bigdl_lite.ml.score import module_of
+
+        module = module_of(plan, Start(outcome.weights, outcome.buffers, start.constants))
+        shapes = outcome.shapes[: len(columns.inputs)]
+        zeros = [torch.zeros([2, *shape], dtype=c.dtype) for c, shape in zip(columns.inputs, shapes, strict=True)]
+        with torch.inference_mode():
+            output = module(*zeros)
+        return Head(self._kind(loss), tuple(output.shape[1:])) if isinstance(output, Tensor) else None
+
+
+def _columns(frame: DataFrame, inputs: list[str], label: str, dtype: torch.dtype, decoders: Any, loss: Any) -> Columns:
+    chosen = select(frame, [*inputs, label]) if "__bigdl_lite_row" not in frame.columns else frame
+    columns = read_columns(chosen, inputs, label, dtype, decoders)
+    classes = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and columns.label.depth == 0
+    # ml pipelines keep class indices in columns of doubles
+    return read_columns(chosen, inputs, label, dtype, decoders, torch.int64) if classes else columns
+
+
+def _make(maker: Any, seed: int) -> nn.Module:
+    """The module with its first weights; the global random state is left as it was."""
+    if isinstance(maker, nn.Module):
+        return copy.deepcopy(maker)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = _try(maker, "the function that makes the module")
+    if not isinstance(made, nn.Module):
+        raise RecipeError(f"module() returned {type(made).__name__}, not an nn.Module")
+    return made
+
+
+def _try(call: Callable[[], Any], what: str) -> Any:
+    """The result of code of the user's, run on the driver; its errors look like those from workers."""
+    try:
+        return call()
+    except BigDLError:
+        raise
+    except Exception as error:
+        raise UserError(report(error, f"the driver, in {what}")["message"]) from error
+
+
+class TorchClassifier(TorchEstimator, HasRawPredictionCol, HasProbabilityCol):
+    """A TorchEstimator for class labels 0 .. C - 1. The module returns class scores [rows, C], by default logits.
+
+    loss  CrossEntropyLoss unless given; with BCEWithLogitsLoss or BCELoss the module has one output, the label is 0 or 1
+    """
+
+    _model = TorchClassificationModel
+
+    def __init__(self, *, rawPredictionCol: str | None = None, probabilityCol: str | None = None, **more: Any) -> None:
+        super().__init__(**more)
+        self._setDefault(loss=nn.CrossEntropyLoss(), rawPredictionCol="rawPrediction", probabilityCol="probability")
+        set_given(self, {"rawPredictionCol": rawPredictionCol, "probabilityCol": probabilityCol})
+
+    def _loss(self, loss: Any) -> Any:
+        return Squeezed(loss) if isinstance(loss, nn.BCEWithLogitsLoss | nn.BCELoss) else loss
+
+    def _kind(self, loss: Any) -> str:
+        return classifier_kind(loss.loss if isinstance(loss, Squeezed) else loss)
+
+
+class TorchRegressor(TorchEstimator):
+    """A TorchEstimator for a number. An output of [rows, 1] is compared with a label of [rows] as [rows].
+
+    loss  MSELoss unless given
+    """
+
+    _model = TorchRegressionModel
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self._setDefault(loss=nn.MSELoss())
+
+    def _loss(self, loss: Any) -> Any:
+        return Squeezed(loss)

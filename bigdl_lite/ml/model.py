@@ -1,0 +1,163 @@
+"""TorchModel: what fit gives back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from pyspark.ml import Model
+from pyspark.ml.functions import array_to_vector
+from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
+from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from torch import nn
+
+from bigdl_lite.data.columns import Columns
+from bigdl_lite.engine.recipe import Outcome, Start
+from bigdl_lite.engine.spark import Shipped
+from bigdl_lite.errors import RecipeError
+from bigdl_lite.ml.head import Head
+from bigdl_lite.ml.params import HasScoring
+from bigdl_lite.ml.score import Scorer, module_of, score
+from bigdl_lite.model.layout import Blueprint, blueprint
+
+
+class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
+    """A trained module as a pyspark.ml Model.
+
+    module    the trained nn.Module, in evaluation mode, on the driver
+    history   a list of dicts, one a step (thinned by logInterval) and one an epoch: see engine.recipe.Outcome
+    engine    the engine that trained it
+    """
+
+    history: list[dict[str, Any]]
+    engine: str
+
+    def __init__(
+        self, columns: Columns | None = None, head: Head | None = None, plan: Blueprint | None = None, start: Start | None = None,
+        history: list[dict[str, Any]] | None = None, engine: str = "", made_by: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._setDefault(predictionCol="prediction", predictBatchSize=1024, decoders={})
+        self._columns, self._head, self._plan, self._start = columns, head, plan, start
+        self._made_by = made_by  # the function or class that makes the module, for save()
+        self._module: nn.Module | None = None
+        self._shipped: Shipped | None = None
+        self._saved: dict[str, Any] | None = None  # model.json, for a model that was loaded
+        self.history, self.engine = history or [], engine
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            if self._plan is None:
+                raise RecipeError(
+                    "this model was saved with a module that cannot be found by name here: give it with model.setModule(module), "
+                    "or load with TorchModel.load(path, module=...)"
+                )
+            assert self._start is not None
+            self._module = module_of(self._plan, self._start)
+        return self._module
+
+    def setModule(self, module: nn.Module | Callable[[], nn.Module]) -> TorchModel:
+        """Gives a loaded model the module that its weights belong to; names and shapes must be those that were saved."""
+        from bigdl_lite.ml.persist import fit_into
+
+        assert self._start is not None
+        made = module if isinstance(module, nn.Module) else module()
+        self._plan = fit_into(blueprint(made)[0], self._start, self._saved)
+        self._made_by, self._module, self._shipped = module, None, None
+        return self
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        column = "__bigdl_lite_score"
+        scored = dataset.withColumn(column, score(dataset, self._scorer(), self._ship(dataset)))
+        return self._spread(scored, F.col(column)).drop(column)
+
+    def _spread(self, scored: DataFrame, result: Any) -> DataFrame:
+        name = self.getPredictionCol()
+        return scored.withColumn(name, result) if name else scored
+
+    def _scorer(self) -> Scorer:
+        if self._plan is None:
+            _ = self.module  # raises with the way out
+        assert self._plan and self._columns and self._head
+        names = self.getInputCols() if self.isDefined(self.inputCols) else [c.name for c in self._columns.inputs]
+        if len(names) != len(self._columns.inputs):
+            raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols names {len(names)}")
+        inputs = tuple(c.renamed(name) for c, name in zip(self._columns.inputs, names, strict=True))
+        return Scorer(self._plan, Columns(inputs), self._head, self.getPredictBatchSize())
+
+    def _ship(self, dataset: DataFrame) -> Shipped:
+        """The weights, sent to the executors once for as long as this model lives."""
+        sc = dataset.sparkSession.sparkContext
+        if self._shipped is None or self._shipped.application != sc.applicationId:
+            assert self._start is not None
+            shipped = self._shipped = Shipped.send(sc, self._start)
+            weakref.finalize(self, _forget, shipped)
+        return self._shipped
+
+    def copy(self, extra: dict[Any, Any] | None = None) -> TorchModel:
+        made = super().copy(extra)
+        made._shipped = None  # each copy frees its own broadcast
+        return made
+
+    def write(self) -> MLWriter:
+        from bigdl_lite.ml.persist import Writer
+
+        return Writer(self)
+
+    @classmethod
+    def read(cls) -> MLReader[Any]:
+        from bigdl_lite.ml.persist import Reader
+
+        return Reader(cls)
+
+    @classmethod
+    def load(cls, path: str, module: nn.Module | Callable[[], nn.Module] | None = None) -> Any:
+        """The model saved at `path`.
+
+        module  the module, or a function that makes it, where the saved name of it cannot be imported here (it was
+                defined in a notebook, or given as an object); nothing in the file is ever executed
+        """
+        found = cls.read().load(path)
+        return found.setModule(module) if module is not None else found
+
+
+def _forget(shipped: Shipped) -> None:
+    shipped.drop()
+
+
+class TorchRegressionModel(TorchModel):
+    """Adds predictionCol, a double."""
+
+
+class TorchClassificationModel(TorchModel, HasRawPredictionCol, HasProbabilityCol):
+    """Adds rawPredictionCol and probabilityCol, vectors [classes], and predictionCol, the index of the largest, a double.
+
+    A column whose name is set to "" is left out.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._setDefault(rawPredictionCol="rawPrediction", probabilityCol="probability")
+
+    @property
+    def numClasses(self) -> int:
+        assert self._head is not None
+        return 2 if self._head.scalar else self._head.shape[0]
+
+    def _spread(self, scored: DataFrame, result: Any) -> DataFrame:
+        columns = {
+            self.getRawPredictionCol(): array_to_vector(result["raw"]),
+            self.getProbabilityCol(): array_to_vector(result["probability"]),
+            self.getPredictionCol(): result["prediction"],
+        }
+        return scored.withColumns({name: value for name, value in columns.items() if name})
+
+
+def model_of(kind: type[TorchModel], columns: Columns, head: Head, plan: Blueprint, start: Start, outcome: Outcome, made_by: Any) -> TorchModel:
+    """The model of an outcome; the frozen parameters are those of the start."""
+    trained = Start(outcome.weights, outcome.buffers, start.constants)
+    return kind(columns, head, plan, trained, outcome.history, outcome.engine, made_by)

@@ -1,0 +1,1 @@
+"""nn.Module to flat tensors, and back."""

