@@ -31,6 +31,7 @@ from bigdl_lite.comm.group import Group, Store
 from bigdl_lite.data.arrow import agree, nothing, shapes, share
 from bigdl_lite.engine.live import Listener, Speaker
 from bigdl_lite.engine.meeting import Meeting, Place
+from bigdl_lite.engine.pack import foreign, pack, unpack
 from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.spark import Shipped, collect, gpu, jobs, slots
@@ -63,7 +64,7 @@ class BarrierEngine:
         shipped = Shipped.send(sc, start)
         try:
             with jobs(sc, f"bigdl_lite {recipe.run}: barrier, {p} ranks"), _listen(host, observer) as live:
-                main = _task(recipe, shipped, live.address if live else None, self.share_memory)
+                main = _task(pack(recipe), shipped, live.address if live else None, self.share_memory)
                 table = collect(frame.mapInArrow(main, _SCHEMA, barrier=True).repartition(1))
         finally:
             shipped.drop()
@@ -101,10 +102,15 @@ def _outcome(table: pa.Table, recipe: Recipe) -> Outcome:
 
 
 def _task(
-    recipe: Recipe, shipped: Shipped, live: tuple[str, int, str] | None, share_memory: bool
+    packed: bytes, shipped: Shipped, live: tuple[str, int, str] | None, share_memory: bool
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def main(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         settle()
+        try:
+            recipe = unpack(packed)
+        except Exception as error:  # the same on every rank, so none of them waits
+            yield _row("error", BarrierTaskContext.get().partitionId(), json.dumps(foreign(error)).encode())
+            return
         yield from _rank(batches, recipe, shipped, live, share_memory)
         gc.collect()  # a reused worker must not keep this fit's block mapped
 

@@ -33,29 +33,34 @@ class History:
         self.lines: list[dict[str, Any]] = []
         self._every, self._observer = log_interval, observer
         self._epoch: dict[str, Any] = {}
+        self._line: dict[str, Any] | None = None  # the last step, until its bytes are known
 
     def start(self, plan: np.ndarray, epochs: int) -> None:
         """plan [S, p]: the rows that each share gives to each step of an epoch."""
         self._observer({"start": {"steps": len(plan) * epochs, "epochs": epochs, "rows": int(plan.sum())}})
 
-    def step(
-        self, step: int, epoch: int, sides: Sequence[Side], loss: float, seconds: float, bytes_sent: int, lr: float
-    ) -> None:
-        rows = sum(side.rows for side in sides)
+    def step(self, step: int, epoch: int, sides: Sequence[Side], loss: float, seconds: float, lr: float) -> None:
+        """One step; sent() follows when the bytes of all ranks are known."""
         compute = max(side.compute_s for side in sides)
         data = max(side.data_s for side in sides)
-        line = {
-            "step": step, "epoch": epoch, "loss": loss, "rows": rows, "lr": lr, "seconds": seconds, "compute_s": compute,
-            "sync_s": max(0.0, seconds - compute - data), "data_s": data, "bytes_sent": bytes_sent,
+        self._line = {
+            "step": step, "epoch": epoch, "loss": loss, "rows": sum(side.rows for side in sides), "lr": lr, "seconds": seconds,
+            "compute_s": compute, "sync_s": max(0.0, seconds - compute - data), "data_s": data, "bytes_sent": 0,
         }  # fmt: skip
+
+    def sent(self, nbytes: int) -> None:
+        """Completes the last step with the bytes that all ranks sent in it, and tells the observer."""
+        line, self._line = self._line, None
+        if line is None:
+            return
+        line["bytes_sent"] = nbytes
         total = self._epoch or dict.fromkeys((*_SUMS, "rows", "loss", "steps"), 0)
-        for key in _SUMS:
+        for key in (*_SUMS, "rows"):
             total[key] += line[key]
-        total["rows"] += rows
-        total["loss"] += loss * rows
+        total["loss"] += line["loss"] * line["rows"]
         total["steps"] += 1
         self._epoch = total
-        if step % self._every == 0:
+        if line["step"] % self._every == 0:
             self.lines.append(line)
         self._observer(line)
 

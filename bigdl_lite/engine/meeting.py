@@ -75,14 +75,18 @@ class Meeting:
 
     def tell(self, rows: int, loss: float, compute_s: float, data_s: float, buffers: Tensor) -> None:
         """Puts this rank's side on the table."""
-        sent = sum(g.bytes_sent for g in (self.rail, self.leaders) if g)
         mine = self.block.sides[self.place.rank]
-        mine[:SIDE] = torch.tensor([rows, loss, compute_s, data_s, sent - self._told, 0.0], dtype=torch.float64)
+        mine[:SIDE] = torch.tensor([rows, loss, compute_s, data_s, self._sent(), 0.0], dtype=torch.float64)
         mine[SIDE:] = buffers
-        self._told = sent
+
+    def _sent(self) -> int:
+        """Bytes that this rank has sent to other nodes since it last said so."""
+        sent = sum(g.bytes_sent for g in (self.rail, self.leaders) if g)
+        new, self._told = sent - self._told, sent
+        return new
 
     def sides(self) -> tuple[list[Side], int]:
-        """The sides of all ranks and the bytes that they sent since the last step. All ranks are here when it returns."""
+        """The sides of all ranks, and the bytes that they sent in the step before. All ranks are here when it returns."""
         self.block.wait()
         self._spread(self.block.sides)
         table = self.block.sides.clone()
@@ -91,6 +95,15 @@ class Meeting:
             Side(r, int(x[_ROWS]), x[_LOSS], x[_COMPUTE], x[_DATA], table[r, SIDE:]) for r, x in enumerate(numbers)
         ]
         return sides, int(sum(x[_BYTES] for x in numbers))
+
+    def sent(self) -> int:
+        """The bytes that all ranks sent in the last step of an epoch, whose number no later side carries."""
+        self.block.sides[self.place.rank, _BYTES] = self._sent()
+        self.block.wait()
+        self._spread(self.block.sides)
+        total = int(self.block.sides[:, _BYTES].sum())
+        self.block.wait()
+        return total
 
     def combine(self, rule: Combine, rows: Sequence[float]) -> Update:
         """The combined update of this owner's cut. rows[r] is the number of rows behind rank r's gradient."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyspark import cloudpickle
 
-from bigdl_lite.errors import RecipeError
+from bigdl_lite.errors import RecipeError, report
 
 
 def pack(value: Any) -> bytes:
@@ -20,6 +20,17 @@ def pack(value: Any) -> bytes:
 
 def unpack(data: bytes) -> Any:
     return cloudpickle.loads(data)
+
+
+def foreign(error: Exception) -> dict[str, str]:
+    """What to tell the driver when unpack() failed on an executor."""
+    return report(
+        RecipeError(
+            f"an executor cannot load the module, loss or optimizer: {type(error).__name__}: {error}; "
+            "send their source along (spark-submit --py-files, or spark.addArtifact), or define them in the program itself"
+        ),
+        "an executor",
+    )
 
 
 def check(**parts: Any) -> None:

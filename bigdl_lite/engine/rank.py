@@ -61,6 +61,7 @@ def train(
             done = time.perf_counter()
             meeting.tell(mine, loss, done - ready, ready - began, replica.buffers)
             sides, sent = meeting.sides()
+            history.sent(sent)
             mean = mean_loss(sides, step)
             measured = 0.0
             if meeting.owns:
@@ -73,7 +74,8 @@ def train(
             if replica.layout.m and len(sides) > 1:
                 replica.buffers = merge_buffers(sides)
             meeting.publish()
-            history.step(step, epoch, sides, mean, time.perf_counter() - began, sent, advancer.rates()[0])
+            history.step(step, epoch, sides, mean, time.perf_counter() - began, advancer.rates()[0])
             step += 1
+        history.sent(meeting.sent())
         advancer.end_epoch(history.epoch(epoch))
     return Outcome(block.weights, read_buffers(replica.module, replica.layout), history.lines, shapes=shapes(share))

@@ -42,7 +42,7 @@ from bigdl_lite.batch import Batch, mix, order, quotas
 from bigdl_lite.data.arrow import Shapes, agree, share, shapes
 from bigdl_lite.data.store import load, save
 from bigdl_lite.engine.history import History, mean_loss
-from bigdl_lite.engine.pack import pack, unpack
+from bigdl_lite.engine.pack import foreign, pack, unpack
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.spark import Shipped, is_classic, jobs, slots
 from bigdl_lite.engine.worker import local_dir, settle
@@ -143,9 +143,8 @@ class _Rounds:
 
     def _ingest(self) -> RDD[Any]:
         """One token a partition; computing it puts the decoded share on the executor's disk."""
-        columns, run = self.recipe.columns, self.recipe.run
         schema = "partition int, rows long, shapes string, error string"
-        return self.frame.mapInArrow(_decoder(columns, run), schema).rdd
+        return self.frame.mapInArrow(_decoder(self.static, self.recipe.run), schema).rdd
 
     def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], Shapes]:
         """The rows of every share, and the shapes of one row."""
@@ -183,8 +182,9 @@ class _Rounds:
             self.buffers = self.replica.buffers  # as rounded to their own dtypes
         senders = sum(1 for quota in order.quota if quota)
         sent = senders * sum(self.codec.nbytes(stop - start) for start, stop in self.cuts)
-        rate = self.advancers[0].rates()[0]
-        self.history.step(order.round, order.epoch, sides, mean, time.perf_counter() - began, sent, rate)
+        seconds, rate = time.perf_counter() - began, self.advancers[0].rates()[0]
+        self.history.step(order.round, order.epoch, sides, mean, seconds, rate)
+        self.history.sent(sent)
 
     def _job(self, tokens: RDD[Any], order: _Order, state: Any) -> list[wire.Frame]:
         """Runs the round; refills the executors that lack a share, and runs it again, where tasks report that."""
@@ -237,14 +237,17 @@ def _cached(key: tuple[str, object], make: Callable[[], Any]) -> Any:
 
 
 def _static(broadcast: Any, run: str) -> tuple[Recipe, Codec]:
-    return _cached((run, "recipe"), lambda: unpack(broadcast.value))  # once in a process, not once a task
+    try:
+        return _cached((run, "recipe"), lambda: unpack(broadcast.value))  # once in a process, not once a task
+    except Exception as error:
+        raise revive(foreign(error)) from error
 
 
 def _folder(run: str) -> Path:
     return Path(local_dir()) / f"bigdl_lite-{run}"
 
 
-def _decoder(columns: Any, run: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _decoder(static: Any, run: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def main(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         from pyspark import TaskContext
 
@@ -252,7 +255,7 @@ def _decoder(columns: Any, run: str) -> Callable[[Iterator[pa.RecordBatch]], Ite
         partition = TaskContext.get().partitionId()
         told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None}
         try:
-            found = share(batches, columns, partition)
+            found = share(batches, _static(static, run)[0].columns, partition)
             if found is not None:
                 save(_folder(run), str(partition), found)
                 told |= {"rows": found.rows, "shapes": json.dumps(shapes(found))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -90,18 +89,13 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         return Scorer(self._plan, Columns(inputs), self._head, self.getPredictBatchSize())
 
     def _ship(self, dataset: DataFrame) -> Shipped:
-        """The weights, sent to the executors once for as long as this model lives."""
+        """The weights, sent to the executors once for this model and all its copies."""
         sc = dataset.sparkSession.sparkContext
         if self._shipped is None or self._shipped.application != sc.applicationId:
             assert self._start is not None
-            shipped = self._shipped = Shipped.send(sc, self._start)
-            weakref.finalize(self, _forget, shipped)
+            # never destroyed by us: a lazy DataFrame may outlive this model, and Spark's cleaner frees both together
+            self._shipped = Shipped.send(sc, self._start)
         return self._shipped
-
-    def copy(self, extra: dict[Any, Any] | None = None) -> TorchModel:
-        made = super().copy(extra)
-        made._shipped = None  # each copy frees its own broadcast
-        return made
 
     def write(self) -> MLWriter:
         from bigdl_lite.ml.persist import Writer
@@ -123,10 +117,6 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         """
         found = cls.read().load(path)
         return found.setModule(module) if module is not None else found
-
-
-def _forget(shipped: Shipped) -> None:
-    shipped.drop()
 
 
 class TorchRegressionModel(TorchModel):
