@@ -13,7 +13,9 @@ The decoded share lies on the executor's own disk. A small token for each partit
 prefer that executor; where the executor dies, the token is computed again from the DataFrame's lineage, and with it the
 share. A task that finds itself on an executor without its share says so, and the round is repeated after a refill.
 
-    n  flat weights      p  workers (tasks of the map)      k  slices (tasks of the combine)
+    n  flat weights      p  workers (tasks of the map)      k  slices, each with an owner (tasks of the combine)
+
+A slice travels in pieces of 1 MB; its owner adds up a piece as soon as all workers' parts of it are there.
 
 Source: Dai et al., "BigDL: A Distributed Deep Learning Framework for Big Data", SoCC 2019, Alg. 1 and 2. Here the
 optimizer runs on the driver, because the weights pass through it anyway.
@@ -44,7 +46,7 @@ from bigdl_lite.data.store import load, save
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.pack import foreign, pack, unpack
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
-from bigdl_lite.engine.spark import Shipped, is_classic, jobs, slots
+from bigdl_lite.engine.spark import Shipped, exchange, is_classic, jobs, slots
 from bigdl_lite.engine.worker import local_dir, settle
 from bigdl_lite.errors import DataError, PeerLost, RecipeError, report, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
@@ -54,6 +56,7 @@ from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, Raw
 
 _SMALL = 1 << 18  # bytes of a slice under which one more task costs more than it saves
+_PIECE = 1 << 18  # values of one piece: large arrays are slow in the JVM, and small ones let the two sides work at once
 _REFILLS = 20
 
 
@@ -105,12 +108,26 @@ class _Order:
     counts: tuple[int, ...]
     cuts: tuple[Cut, ...]
 
+    @property
+    def senders(self) -> list[int]:
+        return [rank for rank, quota in enumerate(self.quota) if quota]
+
+    @property
+    def pieces(self) -> list[tuple[int, Cut]]:
+        """The owner and the cut of every piece, in order."""
+        return [
+            (owner, (at, min(at + _PIECE, stop)))
+            for owner, (start, stop) in enumerate(self.cuts)
+            for at in range(start, stop, _PIECE)
+        ]
+
 
 class _Rounds:
     def __init__(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, codec: Codec) -> None:
         self.frame, self.recipe, self.codec = frame, recipe, codec
         self.sc = frame.sparkSession.sparkContext
         self.weights, self.buffers = start.weights.clone(), start.buffers
+        self.gradient = torch.zeros_like(self.weights)
         self.history = History(recipe.log_interval, observer)
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
         n = recipe.blueprint.layout.n
@@ -165,33 +182,38 @@ class _Rounds:
             state.destroy(blocking=False)
         sides = sorted((_side(f) for f in frames if f.kind == wire.SIDE), key=lambda side: side.rank)
         mean = mean_loss(sides, order.round)
-        combined = {f.slice: f for f in frames if f.kind == wire.COMBINED}
         rows = float(sum(order.quota))
-        updates = []
-        for s, (start, stop) in enumerate(self.cuts):
-            if s not in combined:
-                raise PeerLost(f"slice {s} of {len(self.cuts)} did not come back in round {order.round}")
-            # a copy, because the optimizer scales the gradient in place
-            vector = Raw(self.weights.dtype).decode(bytearray(combined[s].payload), stop - start)
-            updates.append(Update(vector, rows))
+        self._gather(frames, order)
+        updates = [Update(self.gradient[start:stop], rows) for start, stop in self.cuts]
         measured = sum(a.measure(u) for a, u in zip(self.advancers, updates, strict=True))
         for advancer, update in zip(self.advancers, updates, strict=True):
             advancer.step(update, measured)
         if self.recipe.blueprint.layout.m:
             self.replica.buffers = merge_buffers(sides)
             self.buffers = self.replica.buffers  # as rounded to their own dtypes
-        senders = sum(1 for quota in order.quota if quota)
-        sent = senders * sum(self.codec.nbytes(stop - start) for start, stop in self.cuts)
+        sent = len(order.senders) * sum(self.codec.nbytes(stop - start) for _, (start, stop) in order.pieces)
         seconds, rate = time.perf_counter() - began, self.advancers[0].rates()[0]
         self.history.step(order.round, order.epoch, sides, mean, seconds, rate)
         self.history.sent(sent)
 
+    def _gather(self, frames: list[wire.Frame], order: _Order) -> None:
+        """The combined pieces, each at its place in the gradient."""
+        pieces, missing = order.pieces, set(range(len(order.pieces)))
+        target = memoryview(self.gradient.view(torch.uint8).numpy())
+        width = self.gradient.itemsize
+        for f in frames:
+            if f.kind == wire.COMBINED:
+                start, stop = pieces[f.slice][1]
+                target[start * width : stop * width] = f.payload
+                missing.discard(f.slice)
+        if missing:
+            raise PeerLost(f"{len(missing)} of {len(pieces)} pieces did not come back in round {order.round}")
+
     def _job(self, tokens: RDD[Any], order: _Order, state: Any) -> list[wire.Frame]:
         """Runs the round; refills the executors that lack a share, and runs it again, where tasks report that."""
         for _ in range(_REFILLS):
-            pieces = tokens.mapPartitionsWithIndex(_mapper(self.static, self.shipped, state, order))
-            owned = pieces.partitionBy(len(self.cuts), _identity).mapPartitionsWithIndex(_combiner(self.static, order))
-            frames = [f for data in owned.collect() for f in wire.iterate(data)]
+            mapper = _mapper(self.static, self.shipped, state, order)
+            frames = [wire.loads(data) for data in exchange(tokens, mapper, len(self.cuts), _combiner(self.static, order))]
             errors = sorted((f for f in frames if f.kind == wire.ERROR), key=lambda f: f.rank)
             if errors:
                 raise revive(errors[0].json())
@@ -212,10 +234,6 @@ class _Rounds:
         tokens.unpersist()
         self.shipped.drop()
         self.static.destroy(blocking=False)
-
-
-def _identity(key: int) -> int:
-    return key
 
 
 # ---- on the executors -----------------------------------------------------------------------------------------------
@@ -306,10 +324,9 @@ def _local(
     ready = time.perf_counter()
     update, loss = recipe.round.local(replica, [batch], mix(recipe.seed, 2, order.round, rank))
     done = time.perf_counter()
-    for s, (start, stop) in enumerate(order.cuts):
+    for i, (owner, (start, stop)) in enumerate(order.pieces):
         payload = codec.encode(update.vector[start:stop])
-        piece = wire.Frame(wire.PIECE, rank, s, order.round, update.weight, stop - start, payload, codec.tag)
-        yield s, piece.dumps()
+        yield owner, wire.Frame(wire.PIECE, rank, i, order.round, update.weight, stop - start, payload, codec.tag).dumps()
     side = Side(rank, quota, loss, done - ready, ready - began, replica.buffers)
     yield 0, _side_frame(side, order.round)
 
@@ -324,24 +341,24 @@ def _order_of(rows: Batch, recipe: Recipe, now: _Order, rank: int) -> Tensor:
     return order(rows.rows, recipe.seed, now.epoch, rank)
 
 
-def _combiner(static: Any, order: _Order) -> Callable[[int, Iterable[tuple[int, bytes]]], Iterator[bytes]]:
-    def task(s: int, pieces: Iterable[tuple[int, bytes]]) -> Iterator[bytes]:
+def _combiner(static: Any, order: _Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:
+    def task(owner: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
         settle()
         recipe, codec = _static(static, order.run)
-        found: dict[int, wire.Frame] = {}
-        for _, data in pieces:
+        waiting: dict[int, dict[int, wire.Frame]] = {}
+        for data in pieces:
             frame = wire.loads(data)
-            if frame.kind == wire.PIECE:
-                found[frame.rank] = frame
-            else:
-                yield data
-        expected = [rank for rank, quota in enumerate(order.quota) if quota]
-        if sorted(found) != expected:
-            return  # a map task reported an error or a missing share instead; the driver sees that
-        updates = [_decode(found[rank], codec) for rank in expected]
-        total = recipe.round.combine(updates)
-        payload = Raw(total.vector.dtype).encode(total.vector)
-        yield wire.Frame(wire.COMBINED, -1, s, order.round, total.weight, len(total.vector), payload).dumps()
+            if frame.kind != wire.PIECE:
+                yield data  # a side, an error, or a missing share: the driver's business
+                continue
+            parts = waiting.setdefault(frame.slice, {})
+            parts[frame.rank] = frame
+            if len(parts) < len(order.senders):
+                continue
+            total = recipe.round.combine([_decode(parts[rank], codec) for rank in order.senders])
+            del waiting[frame.slice]
+            payload = Raw(total.vector.dtype).encode(total.vector)
+            yield wire.Frame(wire.COMBINED, owner, frame.slice, order.round, total.weight, len(total.vector), payload).dumps()
 
     return task
 

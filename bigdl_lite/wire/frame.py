@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,14 +62,6 @@ def loads(data: bytes | memoryview) -> Frame:
     if end != len(data):
         raise WireError(f"{len(data) - end} bytes follow a frame of {end} bytes")
     return frame
-
-
-def iterate(data: bytes | memoryview) -> Iterator[Frame]:
-    """The frames that stand one after the other in `data`."""
-    view, at = memoryview(data), 0
-    while at < len(view):
-        frame, at = _read(view, at)
-        yield frame
 
 
 def _read(view: memoryview, at: int) -> tuple[Frame, int]:
