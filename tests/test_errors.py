@@ -19,7 +19,7 @@ BUILT_IN = {
 
 
 def caught(act: object) -> BaseException:
-    with pytest.raises(BaseException) as info:  # noqa: PT011
+    with pytest.raises(BaseException) as info:
         act()
     return info.value
 

@@ -28,7 +28,7 @@ from bigdl_lite.vector import Cut
 
 @dataclass(frozen=True)
 class Update:
-    """vector [k]: a sum over `weight` rows (or, later, whatever the method's combine understands)."""
+    """vector [k]: a sum over rows of total weight `weight`, which is their number unless the loss weighs them."""
 
     vector: Tensor
     weight: float
@@ -38,11 +38,13 @@ class Update:
 class Side:
     """The small things that travel beside an update: not sliced, never compressed, known to all ranks.
 
-    loss is summed over rows; compute_s and data_s are this rank's seconds; buffers [m] float64 after the local work.
+    weight is that of the update; loss is summed over it; compute_s and data_s are this rank's seconds; buffers [m] float64
+    after the local work.
     """
 
     rank: int
     rows: int
+    weight: float
     loss: float
     compute_s: float
     data_s: float

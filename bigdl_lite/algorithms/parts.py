@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from bigdl_lite.algorithms.algorithm import Update
 from bigdl_lite.batch import Batch
 from bigdl_lite.errors import RecipeError
-from bigdl_lite.model.layout import Layout
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.vector import Cut, aligned, overlap, slices, snap
 
@@ -31,7 +30,7 @@ class Gradient:
     def __call__(self, replica: Replica, batches: Sequence[Batch], seed: int) -> tuple[Update, float]:
         (batch,) = batches
         loss = replica.backward(batch, seed)
-        return Update(replica.gradient, float(batch.rows)), loss
+        return Update(replica.gradient, replica.weight(batch)), loss
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,8 @@ class _Slice:
                     f"the optimizer holds a parameter of shape {list(foreign[0].shape)} that is not one of the module's trainable "
                     "parameters; build it from the parameters that the factory is called with"
                 )
-            mine = sorted((spans[id(p)].start, spans[id(p)].stop, p) for p in group["params"])
+            places = ((spans[id(p)].start, spans[id(p)].stop, p) for p in group["params"])
+            mine = sorted(places, key=lambda place: place[:2])  # tensors without values may share a place
             found = []
             for (start, stop), members in _runs(mine, cut, whole):
                 if stop == start:
@@ -154,6 +154,8 @@ class _Slice:
             if type(optimizer) in _FUSED and group.get("fused") is None and not group.get("foreach") and found:
                 group["fused"] = _can_fuse(optimizer, group)
         self.scheduler = how.scheduler(optimizer) if how.scheduler else None
+        if how.per == "step" and isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise RecipeError("ReduceLROnPlateau needs an epoch's loss: use schedulerInterval='epoch'")
 
     def measure(self, update: Update) -> float:
         if self.how.clip_norm is None:
@@ -183,8 +185,6 @@ class _Slice:
 
     def _schedule(self, loss: float | None) -> None:
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            if loss is None:
-                raise RecipeError("ReduceLROnPlateau needs an epoch's loss: use schedulerInterval='epoch'")
             self.scheduler.step(loss)
             return
         with warnings.catch_warnings():
@@ -193,7 +193,7 @@ class _Slice:
             self.scheduler.step()
 
     def rates(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        return [float(group.get("lr", float("nan"))) for group in self.optimizer.param_groups]
 
 
 def _runs(
@@ -222,7 +222,7 @@ def _carry_state(
         return
     state: dict[str, Any] = {}
     for key, value in old[members[0]].items():
-        if isinstance(value, Tensor) and value.shape == members[0].shape and not whole and value.ndim:
+        if isinstance(value, Tensor) and key != "step" and value.shape == members[0].shape and not whole:
             parts = []
             for p in members:
                 a, b = overlap((spans[id(p)].start, spans[id(p)].stop), (start, stop))
@@ -235,8 +235,12 @@ def _carry_state(
 
 def _can_fuse(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool | None:
     """Whether torch has a one-pass kernel for this rule on this device: found out by trying it on one value."""
+    first = group["params"][0]
+    if first.device.type == "cpu" and first.dtype not in (torch.float32, torch.float64):
+        # torch 2.13 on a CPU: fused SGD in bfloat16 and float16, and fused Adam in float16, compute other numbers
+        return group.get("fused")
     try:
-        probe = nn.Parameter(torch.zeros(1, dtype=group["params"][0].dtype, device=group["params"][0].device))
+        probe = nn.Parameter(torch.zeros(1, dtype=first.dtype, device=first.device))
         trial = type(optimizer)([probe], lr=1e-3, fused=True)
         probe.grad = torch.zeros_like(probe)
         trial.step()

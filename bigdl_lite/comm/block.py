@@ -146,7 +146,7 @@ class Block:
                 try:
                     os.kill(pid, 0)
                 except ProcessLookupError:
-                    self.fail()
+                    self._header[_FAILED] = r + 1
                     raise PeerLost(f"the process of local rank {r} (pid {pid}) is gone; was it killed for memory?") from None
                 except PermissionError:
                     pass

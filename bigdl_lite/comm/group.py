@@ -8,7 +8,8 @@ or side by side, and none is left behind in a reused worker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -24,9 +25,13 @@ class Store:
 
     def __init__(self, host: str, port: int, server: bool, deadline: float) -> None:
         self.deadline = deadline
-        self._store = dist.TCPStore(
-            host, port, is_master=server, wait_for_workers=False, timeout=timedelta(seconds=deadline)
-        )
+        try:
+            self._store = dist.TCPStore(
+                host, port, is_master=server, wait_for_workers=False, timeout=timedelta(seconds=deadline)
+            )
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            raise MeetingTimeout(f"no store at {host}:{port} (deadline {deadline:.0f} s): {text}") from error
         self.host, self.port = host, self._store.port
 
     def put(self, key: str, value: bytes) -> None:
@@ -52,16 +57,17 @@ class Group:
         self.rank, self.size, self.deadline = rank, size, store.deadline
         self.bytes_sent = 0  # payload, without headers
         timeout = timedelta(seconds=store.deadline)
-        if device is not None and device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store.part(name), rank, size, options)
-        else:
-            options = dist.ProcessGroupGloo._Options()
-            options._timeout = timeout
-            # bound to the address that Spark itself uses, never to all interfaces
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-            self._group = dist.ProcessGroupGloo(store.part(name), rank, size, options)
+        with self._told(f"rendezvous {name!r}"):
+            if device is not None and device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = timeout
+                self._group = dist.ProcessGroupNCCL(store.part(name), rank, size, options)
+            else:
+                options = dist.ProcessGroupGloo._Options()
+                options._timeout = timeout
+                # bound to the address that Spark itself uses, never to all interfaces
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+                self._group = dist.ProcessGroupGloo(store.part(name), rank, size, options)
 
     def all_to_all(self, out: Sequence[Tensor]) -> list[Tensor]:
         """Sends out[j] to member j, whose in[self.rank] it becomes; lengths may differ by receiver but are slices of one n.
@@ -71,16 +77,18 @@ class Group:
         mine = out[self.rank]
         received = [torch.empty_like(mine) for _ in range(self.size)]
         received[self.rank] = mine
-        work = []
-        for step in range(1, self.size):
-            to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-            # an empty slice is not sent: both sides know its length
-            if out[to].numel():
-                work.append(self._group.send([out[to].contiguous()], to, self.rank))
-                self.bytes_sent += out[to].nbytes
-            if mine.numel():
-                work.append(self._group.recv([received[source]], source, source))
-        self._finish(work, "all_to_all")
+        with self._told("all_to_all"):
+            work = []
+            for step in range(1, self.size):
+                to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+                # an empty slice is not sent: both sides know its length
+                if out[to].numel():
+                    work.append(self._group.send([out[to].contiguous()], to, self.rank))
+                    self.bytes_sent += out[to].nbytes
+                if mine.numel():
+                    work.append(self._group.recv([received[source]], source, source))
+            for w in work:
+                w.wait()
         return received
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
@@ -96,17 +104,19 @@ class Group:
 
     def all_gather(self, mine: Tensor, out: Sequence[Tensor]) -> None:
         """Fills out[j] with member j's tensor; lengths may differ between members.  Cost: (p - 1) len(mine) values sent."""
-        work = []
-        for step in range(1, self.size):
-            to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
-            if mine.numel():
-                work.append(self._group.send([mine.contiguous()], to, self.rank))
-                self.bytes_sent += mine.nbytes
-            if out[source].numel():
-                work.append(self._group.recv([out[source]], source, source))
         if mine.numel() and out[self.rank].data_ptr() != mine.data_ptr():
             out[self.rank].copy_(mine)
-        self._finish(work, "all_gather")
+        with self._told("all_gather"):
+            work = []
+            for step in range(1, self.size):
+                to, source = (self.rank + step) % self.size, (self.rank - step) % self.size
+                if mine.numel():
+                    work.append(self._group.send([mine.contiguous()], to, self.rank))
+                    self.bytes_sent += mine.nbytes
+                if out[source].numel():
+                    work.append(self._group.recv([out[source]], source, source))
+            for w in work:
+                w.wait()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over members, in member order: equal to the bit on all.  Cost: (p - 1) n values sent; for small x."""
@@ -121,10 +131,11 @@ class Group:
         """Closes the connections, which ends the wait of every other member at once."""
         self._group = None
 
-    def _finish(self, work: Sequence[dist.Work], what: str) -> None:
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """torch's errors as ours. gloo raises in send and recv too, where it knows already that a connection is dead."""
         try:
-            for w in work:
-                w.wait()
+            yield
         except RuntimeError as error:
             text = str(error).splitlines()[0]
             kind = MeetingTimeout if "imed out" in text or "imeout" in text else PeerLost

@@ -116,7 +116,15 @@ def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) 
             row = first_row + int((whole != values).reshape(len(values), -1).any(dim=1).nonzero()[0, 0])
             raise DataError(f"column {column.name!r} must hold whole numbers, row {row} of {where} does not")
         return whole
-    return values.to(column.dtype)
+    made = values.to(column.dtype)
+    narrower = values.is_floating_point() and made.dtype.itemsize < values.dtype.itemsize
+    if column.finite and narrower and not bool(torch.isfinite(made).all()):
+        bad = ~torch.isfinite(made.reshape(len(made), -1)).all(dim=1)
+        row = first_row + int(bad.nonzero()[0, 0])
+        raise DataError(
+            f"column {column.name!r} has values too large for {made.dtype}, the first in row {row} of {where}; scale it first"
+        )
+    return made
 
 
 def _numbers(array: pa.Array, column: Column, where: str) -> Tensor:
@@ -150,7 +158,8 @@ def _width(array: pa.Array, column: Column, where: str) -> int:
 def _decoded(array: pa.Array, column: Column, where: str) -> Tensor:
     decoder = column.decoder
     if isinstance(decoder, Raw):
-        offsets = np.frombuffer(array.buffers()[1], _offset_dtype(array), len(array) + 1, array.offset * _offset_dtype(array)().itemsize)
+        kind = np.dtype(_offset_dtype(array))
+        offsets = np.frombuffer(array.buffers()[1], kind, len(array) + 1, array.offset * kind.itemsize)
         lengths = np.diff(offsets)
         if len(lengths) and (lengths != decoder.nbytes).any():
             wrong = int(lengths[lengths != decoder.nbytes][0])

@@ -9,6 +9,7 @@ A share is complete or absent: it is written aside and renamed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,8 +28,9 @@ def save(folder: Path, key: str, share: Batch) -> None:
     try:
         columns = [*share.inputs, *([] if share.target is None else [share.target])]
         for i, x in enumerate(columns):
-            x.contiguous().numpy().tofile(aside / f"{i}.raw")
-        meta = {"columns": [[str(x.numpy().dtype), list(x.shape)] for x in columns], "inputs": len(share.inputs)}
+            # as bytes: NumPy has no bfloat16
+            x.reshape(-1).view(torch.uint8).numpy().tofile(aside / f"{i}.raw")
+        meta = {"columns": [[str(x.dtype).removeprefix("torch."), list(x.shape)] for x in columns], "inputs": len(share.inputs)}
         (aside / "meta.json").write_text(json.dumps(meta))
         os.rename(aside, folder / key)
     except OSError:
@@ -45,10 +47,14 @@ def load(folder: Path, key: str) -> Batch | None:
     except FileNotFoundError:
         return None
     columns = []
-    for i, (dtype, shape) in enumerate(meta["columns"]):
-        empty = 0 in shape  # an empty file cannot be mapped
+    for i, (name, shape) in enumerate(meta["columns"]):
+        dtype = getattr(torch, name)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not nbytes:  # an empty file cannot be mapped
+            columns.append(torch.empty(shape, dtype=dtype))
+            continue
         # mode "c": private pages, so that torch may treat the memory as writable
-        array = np.empty(shape, dtype) if empty else np.memmap(path / f"{i}.raw", dtype, "c", shape=tuple(shape))
-        columns.append(torch.from_numpy(np.asarray(array)))
+        array = np.memmap(path / f"{i}.raw", np.uint8, "c", shape=(nbytes,))
+        columns.append(torch.from_numpy(np.asarray(array)).view(dtype).view(shape))
     k = meta["inputs"]
     return Batch(tuple(columns[:k]), columns[k] if len(columns) > k else None)

@@ -23,7 +23,8 @@ def mean_loss(sides: Sequence[Side], step: int) -> float:
                 f"the loss is {side.loss} in step {step} on rank {side.rank}; "
                 "lower the learning rate, clip gradients (clipNorm), or look at that worker's rows"
             )
-    return sum(side.loss for side in sides) / max(1, sum(side.rows for side in sides))
+    total = sum(side.weight for side in sides)
+    return sum(side.loss for side in sides) / total if total else 0.0
 
 
 class History:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import logging
 import socket
 import threading
 import time
@@ -16,8 +17,10 @@ from types import TracebackType
 
 from bigdl_lite.engine.recipe import Event, Observer
 
+_LOG = logging.getLogger("bigdl_lite")
 _LINE = 1 << 16  # a longer line is not ours
-_EVERY = 0.1  # seconds between lines of steps; lines of epochs are never left out
+_PATIENCE = 1.0  # seconds within which a peer shows its token
+_EVERY = 0.1  # seconds between lines of steps, and between lines of epochs; the history itself has them all
 
 
 class Listener:
@@ -42,15 +45,19 @@ class Listener:
 
     def _listen(self) -> None:
         while not self._closed.is_set():
-            with contextlib.suppress(OSError, ValueError):
+            try:
                 peer, _ = self._socket.accept()
                 with peer:
                     self._read(peer)
+            except OSError:
+                continue
+            except Exception as error:  # not a line of ours, or an observer that failed: the next speaker is heard
+                _LOG.warning("a line of history was dropped: %s: %s", type(error).__name__, error)
 
     def _read(self, peer: socket.socket) -> None:
         peer.settimeout(0.2)
-        known, rest = False, b""
-        while True:
+        known, rest, until = False, b"", time.monotonic() + _PATIENCE
+        while known or time.monotonic() < until:  # a stranger that says nothing must not keep the speaker out
             try:
                 got = peer.recv(_LINE)
             except TimeoutError:
@@ -76,7 +83,7 @@ class Speaker:
 
     def __init__(self, address: tuple[str, int, str] | None) -> None:
         self._socket: socket.socket | None = None
-        self._last = 0.0
+        self._last = {"step": 0.0, "epoch": 0.0}
         if address is None:
             return
         host, port, token = address
@@ -85,10 +92,14 @@ class Speaker:
             self._send(token)
 
     def __call__(self, event: Event) -> None:
-        now = time.monotonic()
-        if self._socket is None or ("step" in event and now - self._last < _EVERY):
+        if self._socket is None:
             return
-        self._last = now
+        kind = next((kind for kind in ("step", "epoch") if kind in event), None)
+        if kind:
+            now = time.monotonic()
+            if now - self._last[kind] < _EVERY:
+                return
+            self._last[kind] = now
         self._send(json.dumps(event))
 
     def close(self) -> None:

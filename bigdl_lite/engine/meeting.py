@@ -27,7 +27,7 @@ from bigdl_lite.comm.group import Group
 from bigdl_lite.vector import Cut
 
 # the first numbers of a side; buffers follow
-_ROWS, _LOSS, _COMPUTE, _DATA, _BYTES, _MEASURE, SIDE = 0, 1, 2, 3, 4, 5, 6
+_ROWS, _WEIGHT, _LOSS, _COMPUTE, _DATA, _BYTES, _MEASURE, SIDE = range(8)
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Meeting:
         self.slice = list(cuts[first : first + m]) if self.owns else [(0, 0)] * m
         self.cut = self.slice[self.place.node]
 
-    def tell(self, rows: int, loss: float, compute_s: float, data_s: float, buffers: Tensor) -> None:
+    def tell(self, rows: int, weight: float, loss: float, compute_s: float, data_s: float, buffers: Tensor) -> None:
         """Puts this rank's side on the table."""
         mine = self.block.sides[self.place.rank]
-        mine[:SIDE] = torch.tensor([rows, loss, compute_s, data_s, self._sent(), 0.0], dtype=torch.float64)
+        mine[:SIDE] = torch.tensor([rows, weight, loss, compute_s, data_s, self._sent(), 0.0], dtype=torch.float64)
         mine[SIDE:] = buffers
 
     def _sent(self) -> int:
@@ -92,7 +92,7 @@ class Meeting:
         table = self.block.sides.clone()
         numbers = table[:, :SIDE].tolist()
         sides = [
-            Side(r, int(x[_ROWS]), x[_LOSS], x[_COMPUTE], x[_DATA], table[r, SIDE:]) for r, x in enumerate(numbers)
+            Side(r, int(x[_ROWS]), x[_WEIGHT], x[_LOSS], x[_COMPUTE], x[_DATA], table[r, SIDE:]) for r, x in enumerate(numbers)
         ]
         return sides, int(sum(x[_BYTES] for x in numbers))
 
@@ -105,18 +105,18 @@ class Meeting:
         self.block.wait()
         return total
 
-    def combine(self, rule: Combine, rows: Sequence[float]) -> Update:
-        """The combined update of this owner's cut. rows[r] is the number of rows behind rank r's gradient."""
+    def combine(self, rule: Combine, weights: Sequence[float]) -> Update:
+        """The combined update of this owner's cut. weights[r] is that of rank r's update."""
         start, stop = self.slice[0][0], self.slice[-1][1]
         ranks = self.place.nodes[self.place.node]
         update = rule([
-            Update(grad[start:stop], rows[r]) for r, grad in zip(ranks, self.block.grads, strict=True)
+            Update(grad[start:stop], weights[r]) for r, grad in zip(ranks, self.block.grads, strict=True)
         ])  # fmt: skip
         if self.rail is None:
             return update
         parts = self.rail.all_to_all([update.vector[a - start : b - start] for a, b in self.slice])
-        weights = [sum(rows[r] for r in ranks) for ranks in self.place.nodes]
-        return rule([Update(x, w) for x, w in zip(parts, weights, strict=True)])
+        of_nodes = [sum(weights[r] for r in ranks) for ranks in self.place.nodes]
+        return rule([Update(x, w) for x, w in zip(parts, of_nodes, strict=True)])
 
     def total(self, measured: float) -> float:
         """The sum of one number over all ranks, in rank order."""

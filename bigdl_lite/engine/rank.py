@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from bigdl_lite.algorithms import Update, merge_buffers
+from bigdl_lite.algorithms import merge_buffers
 from bigdl_lite.batch import Batch, mix, order, quotas
 from bigdl_lite.comm.block import Size
 from bigdl_lite.data.arrow import shapes
@@ -57,15 +57,15 @@ def train(
             batch = share.take(deal[at : at + mine]).to(block.weights.device)
             at += mine
             ready = time.perf_counter()
-            _, loss = method.local(replica, [batch], mix(recipe.seed, 2, step, rank))
+            told, loss = method.local(replica, [batch], mix(recipe.seed, 2, step, rank))
             done = time.perf_counter()
-            meeting.tell(mine, loss, done - ready, ready - began, replica.buffers)
+            meeting.tell(mine, told.weight, loss, done - ready, ready - began, replica.buffers)
             sides, sent = meeting.sides()
             history.sent(sent)
             mean = mean_loss(sides, step)
             measured = 0.0
             if meeting.owns:
-                update = Update(meeting.combine(method.combine, quota).vector, float(quota.sum()))
+                update = meeting.combine(method.combine, [side.weight for side in sides])
                 measured = advancer.measure(update)
             if method.advance.measures:
                 measured = meeting.total(measured)

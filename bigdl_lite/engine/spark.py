@@ -122,7 +122,7 @@ def shares(frame: DataFrame, p: int) -> list[list[pa.RecordBatch]]:
 
 def _tagger(part: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def tag(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        here = TaskContext.get().partitionId()
+        here = partition_id()
         for batch in batches:
             columns = [*batch.columns, pa.array([here] * batch.num_rows, pa.int32())]
             yield pa.RecordBatch.from_arrays(columns, [*batch.schema.names, part])
@@ -137,6 +137,13 @@ def collect(frame: DataFrame) -> pa.Table:
     batches = frame._collect_as_arrow()
     schema = to_arrow_schema(frame.schema)
     return pa.Table.from_batches(batches, schema) if batches else schema.empty_table()
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C lies behind an error: pyspark's cleaning-up may raise "job cancelled" over the KeyboardInterrupt."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 Keyed = Iterator[tuple[int, bytes]]
@@ -183,9 +190,11 @@ def jobs(sc: SparkContext, description: str) -> Iterator[str]:
     sc.setJobDescription(description)
     try:
         yield tag
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(Exception):  # a stopped context has no job left to cancel
             sc.cancelJobsWithTag(tag)
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         raise
     finally:
         with contextlib.suppress(Exception):
@@ -204,7 +213,8 @@ class Shipped:
     @staticmethod
     def send(sc: SparkContext, start: Start) -> Shipped:
         tensors = {f"constant.{name}": x.contiguous() for name, x in start.constants.items()}
-        return Shipped(sc.broadcast(save_tensors({"weights": start.weights, "buffers": start.buffers, **tensors})), uuid.uuid4().hex, sc.applicationId)
+        data = save_tensors({"weights": start.weights, "buffers": start.buffers, **tensors})
+        return Shipped(sc.broadcast(data), uuid.uuid4().hex, sc.applicationId)
 
     def read(self) -> Start:
         found = load_tensors(self.broadcast.value)
@@ -214,6 +224,12 @@ class Shipped:
     def drop(self) -> None:
         with contextlib.suppress(Exception):  # nothing to free after the session has ended
             self.broadcast.destroy()
+
+
+def partition_id() -> int:
+    """The partition that this task works on; -1 where there is no task."""
+    context = TaskContext.get()
+    return context.partitionId() if context else -1
 
 
 def gpu(context: TaskContext) -> torch.device | None:

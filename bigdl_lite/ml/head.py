@@ -34,7 +34,9 @@ class Head:
         if self.kind not in _KINDS:
             raise RecipeError(f"head {self.kind!r} is not one of {_KINDS}")
         if self.kind in ("logits", "log-probabilities") and (len(self.shape) != 1 or self.shape[0] < 2):
-            raise RecipeError(f"a classifier with class scores must return [rows, classes >= 2], the module returns rows of {list(self.shape)}")
+            raise RecipeError(
+                f"a classifier with class scores must return [rows, classes >= 2], the module returns rows of {list(self.shape)}"
+            )
         if self.kind in ("logit", "probability") and self.shape not in ((), (1,)):
             raise RecipeError(f"a binary classifier must return [rows] or [rows, 1], the module returns rows of {list(self.shape)}")
 

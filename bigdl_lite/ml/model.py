@@ -147,7 +147,9 @@ class TorchClassificationModel(TorchModel, HasRawPredictionCol, HasProbabilityCo
         return scored.withColumns({name: value for name, value in columns.items() if name})
 
 
-def model_of(kind: type[TorchModel], columns: Columns, head: Head, plan: Blueprint, start: Start, outcome: Outcome, made_by: Any) -> TorchModel:
+def model_of(
+    kind: type[TorchModel], columns: Columns, head: Head | None, plan: Blueprint, start: Start, outcome: Outcome, made_by: Any
+) -> TorchModel:  # fmt: skip
     """The model of an outcome; the frozen parameters are those of the start."""
     trained = Start(outcome.weights, outcome.buffers, start.constants)
     return kind(columns, head, plan, trained, outcome.history, outcome.engine, made_by)

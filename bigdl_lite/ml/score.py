@@ -20,7 +20,7 @@ from bigdl_lite.data.arrow import tensor
 from bigdl_lite.data.columns import Columns
 from bigdl_lite.engine.pack import pack, unpack
 from bigdl_lite.engine.recipe import Start
-from bigdl_lite.engine.spark import Shipped, as_columns, require
+from bigdl_lite.engine.spark import Shipped, as_columns, partition_id, require
 from bigdl_lite.engine.worker import settle
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.head import Head
@@ -84,7 +84,7 @@ def _task(packed: bytes, shipped: Shipped) -> Callable[[Iterator[tuple[pa.Array,
         for batch in batches:
             arrays = batch if isinstance(batch, tuple) else (batch,)
             if len(arrays[0]):
-                inputs = tuple(tensor(a, c, _partition()) for a, c in zip(arrays, columns, strict=True))
+                inputs = tuple(tensor(a, c, partition_id()) for a, c in zip(arrays, columns, strict=True))
                 yield scorer.head.to_arrow(predict(module, Batch(inputs, None), scorer.batch_size))
             else:
                 yield scorer.head.to_arrow(torch.empty(0, *scorer.head.shape))
@@ -99,13 +99,6 @@ def _load(packed: bytes, shipped: Shipped) -> tuple[Scorer, nn.Module]:
         scorer = unpack(packed)
         _CACHE[key] = scorer, module_of(scorer.blueprint, shipped.read())
     return _CACHE[key]
-
-
-def _partition() -> int:
-    from pyspark import TaskContext
-
-    context = TaskContext.get()
-    return context.partitionId() if context else -1
 
 
 def _udf(task: Callable[..., Any], sql_type: str, width: int) -> Callable[..., Column]:

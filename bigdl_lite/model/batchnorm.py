@@ -66,18 +66,24 @@ class _Sum(torch.autograd.Function):
         return (ctx.all_reduce(grad.contiguous()) if ctx.all_reduce else grad), None
 
 
-def synchronised(module: nn.Module) -> nn.Module:
-    """The module with every BatchNorm replaced by a SyncBatchNorm that shares its parameters and buffers; in place."""
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
-            new = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            new.weight, new.bias = child.weight, child.bias
-            new.running_mean, new.running_var = child.running_mean, child.running_var
-            new.num_batches_tracked = child.num_batches_tracked
-            new.training = child.training
-            setattr(module, name, new)
-        else:
-            synchronised(child)
+def synchronised(module: nn.Module, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """The module with every BatchNorm1d, 2d and 3d replaced by a SyncBatchNorm that shares its parameters and buffers.
+
+    In place, unless the module is a BatchNorm itself. made holds what has been replaced: one layer may stand in two places.
+    """
+    made = {} if made is None else made
+    if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):  # a subclass may do something else
+        if module not in made:
+            new = SyncBatchNorm(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+            new.weight, new.bias = module.weight, module.bias
+            new.running_mean, new.running_var = module.running_mean, module.running_var
+            new.num_batches_tracked = module.num_batches_tracked
+            new.training = module.training
+            made[module] = new
+        return made[module]
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            setattr(module, name, synchronised(child, made))
     return module
 
 

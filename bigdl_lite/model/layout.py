@@ -56,9 +56,10 @@ class Layout:
 def layout(module: nn.Module) -> Layout:
     """The layout of a module. Raises RecipeError where nothing can be trained, or where dtypes are mixed."""
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    lazy = [name for name, x in tensors if isinstance(x, nn.parameter.UninitializedTensorMixin)]
     if lazy:
-        raise RecipeError(f"parameter {lazy[0]!r} is not initialised yet: run one batch through the module before fit")
+        raise RecipeError(f"{lazy[0]!r} is not initialised yet: run one batch through the module before fit")
     if not trainable:
         raise RecipeError("the module has no trainable parameter (requires_grad is False everywhere, or there is none)")
     dtypes = sorted({str(p.dtype) for _, p in trainable})

@@ -54,6 +54,9 @@ class Replica:
     def __init__(
         self, blueprint: Blueprint, weights: Tensor, gradient: Tensor | None, constants: dict[str, Tensor], loss: Loss
     ) -> None:
+        rule = loss.loss if isinstance(loss, Squeezed) else loss
+        if getattr(rule, "reduction", "mean") == "sum":
+            raise RecipeError(f"{type(rule).__name__} sums over the rows; it must return their mean (reduction='mean')")
         self.layout = blueprint.layout
         self.weights = weights
         self.gradient = gradient
@@ -73,14 +76,14 @@ class Replica:
     def backward(self, batch: Batch, seed: int) -> float:
         """Fills `gradient` with the gradient summed over the rows of `batch`; returns the loss summed over them.
 
-        The loss is a mean over rows, so it is multiplied by b before the backward pass: sums over rows can be added
+        The loss is a mean over rows, so it is multiplied by weight(batch) before the backward pass: sums can be added
         across workers and divided once. Random numbers (dropout) depend on `seed` alone.
         """
         self.gradient.zero_()
         # a module whose layers meet the other ranks in forward must be entered even with nothing to compute
         if not batch.rows and not self._meets:
             return 0.0
-        torch.manual_seed(seed)
+        seed_here(self.weights.device, seed)
         output = self.module(*batch.inputs)
         if not batch.rows:
             sum(x.sum() for x in _tensors(output)).mul(0.0).backward()
@@ -92,8 +95,26 @@ class Replica:
             raise RecipeError(f"the loss returned {got}; it must return one number, the mean over the rows (reduction='mean')")
         if not loss.requires_grad:
             raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
-        (loss * batch.rows).backward()
-        return float(loss.detach()) * batch.rows
+        weight = self.weight(batch)
+        if not weight:  # every row has ignore_index: the mean over none of them is not a number
+            return 0.0
+        (loss * weight).backward()
+        return float(loss.detach()) * weight
+
+    def weight(self, batch: Batch) -> float:
+        """What the loss divides by to be a mean over this batch.
+
+        The number of rows; for class losses with weights or with rows to ignore, the sum of the weights of the labels that
+        count, so that a mean over parts is the mean over the whole.
+        """
+        rule, target = self.loss, batch.target
+        if not isinstance(rule, _CLASS_INDEX) or target is None or target.is_floating_point() or not batch.rows:
+            return float(batch.rows)
+        counts = target != rule.ignore_index
+        if rule.weight is not None:
+            return float(rule.weight.to(target.device)[target[counts]].sum(dtype=torch.float64))
+        # a label with more dimensions is one row in the mean for each of its values
+        return float(counts.sum())
 
     def _check(self, output: Any, batch: Batch) -> None:
         target = batch.target
@@ -121,6 +142,17 @@ class Replica:
                     f"the label column has the value {wrong}, the module has {output.shape[1]} outputs: "
                     f"labels must be 0 .. {output.shape[1] - 1}"
                 )
+
+
+def seed_here(device: torch.device, seed: int) -> None:
+    """Seeds the generator that kernels of this device draw from.
+
+    Not torch.manual_seed: for every kind of device that is not in use, that remembers the call and its stack for later,
+    which costs more than a small forward pass, and memory without end.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -47,7 +47,7 @@ class Frame:
     def json(self) -> Any:
         try:
             return json.loads(bytes(self.payload))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WireError(f"a frame of kind {self.kind} from rank {self.rank} does not hold JSON: {error}") from error
 
 

@@ -53,8 +53,12 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 def summary(name: str, seconds: list[float], compute: list[float], other: str = "") -> dict[str, Any]:
     seconds, compute = seconds[WARM:], compute[WARM:]
-    total, work = statistics.median(seconds), statistics.median(compute)
-    return {"system": name, "round_s": total, "worst_s": max(seconds), "compute_s": work, "sync_s": total - work, "note": other}
+    rest = [a - b for a, b in zip(seconds, compute, strict=True)]
+    median = statistics.median
+    return {
+        "system": name, "round_s": median(seconds), "worst_s": max(seconds), "compute_s": median(compute), "sync_s": median(rest),
+        "note": other,
+    }  # fmt: skip
 
 
 # ---- ours -------------------------------------------------------------------------------------------------------------
@@ -118,6 +122,12 @@ def gloo(millions: float, rounds: int) -> dict[str, Any]:
     return summary("gloo", seconds, compute)
 
 
+def plus(a: Any, b: Any) -> Any:
+    if a[0] is None or b[0] is None:
+        return b if a[0] is None else a
+    return [p + q for p, q in zip(a[0], b[0], strict=True)], max(a[1], b[1])
+
+
 # ---- the loop everyone writes first -----------------------------------------------------------------------------------
 
 
@@ -152,8 +162,8 @@ def naive(spark: Any, millions: float, rounds: int) -> dict[str, Any]:
 
         total, work = shares.mapPartitions(gradient).treeAggregate(
             (None, 0.0),
-            lambda a, b: b if a[0] is None else ([p + q for p, q in zip(a[0], b[0], strict=True)], max(a[1], b[1])),
-            lambda a, b: b if a[0] is None else a if b[0] is None else ([p + q for p, q in zip(a[0], b[0], strict=True)], max(a[1], b[1])),
+            plus,
+            plus,
         )
         for p, g in zip(module.parameters(), total, strict=True):
             p.grad = torch.from_numpy(g / WORKERS)

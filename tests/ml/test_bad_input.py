@@ -68,7 +68,7 @@ def test_faulty_settings_are_refused_before_any_job(df, no_jobs, settings, kind,
 
 @pytest.mark.parametrize("kind", ["string", "date", "map<string,int>", "struct<a:int>", "array<string>"])
 def test_a_column_that_no_tensor_can_hold_is_refused_before_any_job(spark, no_jobs, kind):
-    with pytest.raises(DataError, match="column 'features' is of type .* which no tensor can hold"):
+    with pytest.raises(DataError, match=r"column 'features' is of type .* which no tensor can hold"):
         fit(spark.createDataFrame([], f"features {kind}, label long"))
 
 
@@ -176,7 +176,7 @@ def test_an_error_in_forward_on_one_worker_comes_back_as_the_users_own(spark, en
         fit(frame(spark, x, Y, [20, 20]), engine, module=Faulty, deadline=60.0)
     message = str(caught.value)
     assert message.startswith("Traceback") and "raise KeyError(" in message and "the row that my forward cannot bear" in message
-    assert "partition 1" in message or engine == "local" and "rank 1" in message
+    assert "partition 1" in message or (engine == "local" and "rank 1" in message)
     assert "bigdl_lite/engine" not in message
     # not a figure of speed: the other rank would otherwise wait for its whole deadline
     assert time.monotonic() - began < 30
