@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from bigdl_lite.algorithms import Side, Update
 from bigdl_lite.batch import Batch, mix, order
@@ -60,7 +59,6 @@ class Order:
             for owner, (start, stop) in enumerate(self.cuts)
             for at in range(start, stop, _PIECE)
         ]
-
 
 
 _CACHE: OrderedDict[tuple[str, object], Any] = OrderedDict()  # what can be rebuilt: shares and replicas of the last runs
@@ -140,7 +138,7 @@ def _local(
             f"partition {rank} had {now.counts[rank]} rows when training began and {rows.rows} when it was computed again; "
             "make the DataFrame deterministic (no unseeded rand or limit), or cache it"
         )
-    deal = _cached((recipe.run, ("order", now.epoch, rank)), lambda: _order_of(rows, recipe, now, rank))
+    deal = _cached((recipe.run, ("order", now.epoch, rank)), lambda: order(rows.rows, recipe.seed, now.epoch, rank))
     batch: Batch = rows.take(deal[now.first[rank] : now.first[rank] + quota])
     replica.weights.view(torch.uint8).numpy()[:] = np.frombuffer(state[0], np.uint8)
     replica.buffers = buffers
@@ -158,10 +156,6 @@ def _replica(recipe: Recipe, shipped: Shipped) -> Replica:
     found = recipe.blueprint.layout
     weights = torch.empty(found.n, dtype=found.dtype)
     return Replica(recipe.blueprint, weights, torch.zeros_like(weights), shipped.read().constants, recipe.loss)
-
-
-def _order_of(rows: Batch, recipe: Recipe, now: Order, rank: int) -> Tensor:
-    return order(rows.rows, recipe.seed, now.epoch, rank)
 
 
 def combiner_of(static: Any, now: Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:

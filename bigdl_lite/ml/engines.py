@@ -46,9 +46,4 @@ def choose(asked: Any, workers: int | None, spark: SparkSession) -> tuple[Engine
         return ENGINES[name](), p
     if asked not in ENGINES:
         raise RecipeError(f"engine={asked!r} is not one of 'auto', {', '.join(map(repr, ENGINES))}")
-    if asked == "barrier" and p > free:
-        raise RecipeError(
-            f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {free} slots: "
-            "ask for fewer workers, give Spark more cores, or take engine='shuffle'"
-        )
     return ENGINES[asked](), p

@@ -81,7 +81,9 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
     def _scorer(self) -> Scorer:
         if self._plan is None:
             _ = self.module  # raises with the way out
-        assert self._plan and self._columns and self._head
+        if self._head is None:
+            raise RecipeError("transform needs a module that returns one tensor; score with model.module instead")
+        assert self._plan and self._columns
         names = self.getInputCols() if self.isDefined(self.inputCols) else [c.name for c in self._columns.inputs]
         if len(names) != len(self._columns.inputs):
             raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols names {len(names)}")

@@ -28,7 +28,7 @@ from bigdl_lite.engine.recipe import Start
 from bigdl_lite.errors import RecipeError, WireError
 from bigdl_lite.ml.head import Head
 from bigdl_lite.ml.model import TorchModel
-from bigdl_lite.model.layout import Blueprint, Span, blueprint
+from bigdl_lite.model.layout import Blueprint, Span
 
 _FORMAT = 1
 _PLAIN = (str, int, float, bool, type(None), list)
@@ -70,7 +70,8 @@ class Reader(MLReader[Any]):
             raise WireError(f"{path} has format {told.get('format')}, this version reads format {_FORMAT}")
         cls = _class(metadata["class"], self.cls)
         start = _start(told, tensors, path)
-        model = cls(_columns(told["columns"]), Head(told["head"], tuple(told["shape"])), None, start, told["history"], told["engine"])
+        head = Head(told["head"]["kind"], tuple(told["head"]["shape"])) if told["head"] else None
+        model = cls(_columns(told["columns"]), head, None, start, told["history"], told["engine"])
         model._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(model, metadata)
         model._saved = told
@@ -96,8 +97,7 @@ def _describe(model: TorchModel) -> dict[str, Any]:
         "parameters": [[s.name, list(s.shape), str(s.dtype)] for s in found.parameters],
         "buffers": [[s.name, list(s.shape), str(s.dtype)] for s in found.buffers],
         "columns": [_column(c) for c in columns.inputs],
-        "head": head.kind,
-        "shape": list(head.shape),
+        "head": head and {"kind": head.kind, "shape": list(head.shape)},
         "history": model.history,
         "engine": model.engine,
         "torch": torch.__version__,
@@ -202,5 +202,3 @@ def _find(name: str | None) -> Any:
     ours = inspect.isclass(found) and issubclass(found, nn.Module)
     return found if ours or (inspect.isfunction(found) and found.__module__ == place) else None
 
-
-__all__ = ["Reader", "Writer", "blueprint", "fit_into"]

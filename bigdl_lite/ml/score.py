@@ -22,7 +22,6 @@ from bigdl_lite.engine.pack import pack, unpack
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.engine.spark import Shipped, as_columns, partition_id, require
 from bigdl_lite.engine.worker import settle
-from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.head import Head
 from bigdl_lite.model.layout import Blueprint, write_buffers
 
@@ -59,10 +58,7 @@ def predict(module: nn.Module, batch: Batch, size: int) -> Tensor:
         rows = [x[at : at + size] for x in batch.inputs]
         k = len(rows[0])
         output = module(*(torch.cat([x, x[-1:].expand(-k % _LANES, *x.shape[1:])]) if k % _LANES else x for x in rows))
-        parts.append(output[:k] if isinstance(output, Tensor) else output)
-    for part in parts[:1]:
-        if not isinstance(part, Tensor):
-            raise RecipeError(f"transform needs a module that returns one tensor, this one returns {type(part).__name__}")
+        parts.append(output[:k])
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

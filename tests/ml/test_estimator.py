@@ -245,3 +245,23 @@ def test_auto_takes_the_barrier_where_the_workers_fit(df, caplog):
         assert quick(engine="auto", numWorkers=2, epochs=1).fit(df).engine == "barrier"
         assert quick(engine="auto", numWorkers=6, epochs=1).fit(df).engine == "shuffle"
     assert "engine=shuffle: 6 workers, 4 slots" in caplog.text
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x), x
+
+
+def test_a_module_with_several_outputs_trains_and_says_that_it_cannot_be_scored_here(df, tmp_path):
+    loss = nn.CrossEntropyLoss()
+    estimator = TorchEstimator(
+        module=Pair, loss=lambda output, target: loss(output[0], target), engine="local", numWorkers=1, progress="none"
+    )
+    model = estimator.fit(df)
+    model.save(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="returns one tensor"):
+        TorchModel.load(str(tmp_path / "model")).transform(df)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from pyspark.sql import functions as F
 from torch import nn
 
-from bigdl_lite import TorchEstimator
+from bigdl_lite import TorchEstimator, TorchModel
 from tests.conftest import frame, problem
 
 X, Y = problem(500)
@@ -63,3 +65,11 @@ def test_rows_with_nulls_name_the_column(spark, model):
 def test_an_empty_frame_gives_an_empty_frame(spark, model):
     df = spark.createDataFrame([], "features array<double>, label long")
     assert model.transform(df).collect() == []
+
+
+def test_a_lazy_frame_outlives_its_model(spark, model, tmp_path):
+    model.save(str(tmp_path / "model"))
+    df = frame(spark, X, Y, [500])
+    scored = TorchModel.load(str(tmp_path / "model"), module=net).transform(df)
+    gc.collect()
+    assert len(scored.collect()) == 500
