@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = recommender.SMALL
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("engine", ["barrier", "shuffle"])
 def test_the_quickstart_reads_digits_with_both_spark_engines(spark, engine, capsys):
@@ -34,7 +33,6 @@ def test_the_quickstart_reads_digits_with_both_spark_engines(spark, engine, caps
     assert spark.range(3).count() == 3  # a session that was there before is not stopped
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_recommender_beats_popularity_and_gives_each_user_ten_new_items(spark, tmp_path):
     figures = recommender.run(spark, SMALL, "barrier", 4, str(tmp_path / "best"))
