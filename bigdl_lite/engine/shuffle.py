@@ -15,7 +15,7 @@ share. A task that finds itself on an executor without its share says so, and th
 
     n  flat weights      p  workers (tasks of the map)      k  slices, each with an owner (tasks of the combine)
 
-A slice travels in pieces of 1 MB; its owner adds up a piece as soon as all workers' parts of it are there.
+A slice travels in pieces of 256 KB; its owner adds up a piece as soon as all workers' parts of it are there.
 
 Source: Dai et al., "BigDL: A Distributed Deep Learning Framework for Big Data", SoCC 2019, Alg. 1 and 2. Here the
 optimizer runs on the driver, because the weights pass through it anyway.

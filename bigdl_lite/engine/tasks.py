@@ -32,7 +32,9 @@ from bigdl_lite.vector import Cut
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, Raw
 
-_PIECE = 1 << 18  # values of one piece: large arrays are slow in the JVM, and small ones let the two sides work at once
+# values of one piece: 256 KB of float32, because the JVM treats arrays of half a heap region (512 KB at the least) in a
+# slow way of their own, and because small pieces let Python and the JVM work at the same time
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
