@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         classifier = TorchClassifier(
             module=make_net,
             optimizer=partial(torch.optim.Adam, lr=5e-3),
-            batchSize=96,  # rows of one step over all workers, so one worker or forty learn alike
+            batchSize=128,  # rows of one step over all workers, so one worker or forty learn alike
             epochs=given.epochs,
             engine=given.engine,
             seed=0,
