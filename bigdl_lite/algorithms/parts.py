@@ -160,12 +160,12 @@ class _Slice:
     def measure(self, update: Update) -> float:
         if self.how.clip_norm is None:
             return 0.0
-        mean = torch.linalg.vector_norm(update.vector, dtype=torch.float64) / update.weight
+        mean = torch.linalg.vector_norm(update.vector, dtype=torch.float64) / (update.weight or 1.0)
         return float(mean) ** 2
 
     def step(self, update: Update, measured: float) -> None:
         vector = update.vector
-        vector.div_(update.weight)
+        vector.div_(update.weight or 1.0)  # no row of the step counts (ignore_index): the gradient is zeros
         if self.how.clip_value is not None:
             vector.clamp_(-self.how.clip_value, self.how.clip_value)
         if self.how.clip_norm is not None:

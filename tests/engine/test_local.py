@@ -340,3 +340,15 @@ def test_modules_of_other_dtypes_train_in_their_own(dtype: torch.dtype) -> None:
     expected = torch.cat([p.detach().reshape(-1) for p in whole.parameters()])
     assert found.weights.dtype == dtype
     torch.testing.assert_close(found.weights, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.1)
+
+
+def test_a_step_in_which_every_label_is_ignored_moves_nothing() -> None:
+    loss, labels = nn.CrossEntropyLoss(ignore_index=99), torch.full((8,), 99)
+    module = nn.Linear(3, 2)
+    plan, weights, buffers, constants = blueprint(module)
+    batch = pa.RecordBatch.from_pydict({"x": pa.array([[0.0, 1.0, 2.0]] * 8, pa.list_(pa.float32())), "y": labels.tolist()})
+    columns = describe(batch.schema, ["x"], "y", torch.float32)
+    rule = method("sync-sgd", TorchOptimizer(lambda p: SGD(p, lr=0.1), clip_norm=1.0))
+    made = Recipe(plan, loss, rule, columns, 2, 4, 2)
+    out = LocalEngine().fit([[batch.slice(0, 5)], [batch.slice(5)]], made, Start(weights, buffers, constants))
+    assert torch.equal(out.weights, weights) and out.history[-1]["loss"] == 0.0
