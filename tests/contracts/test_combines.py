@@ -56,10 +56,8 @@ def test_only_the_first_update_may_be_overwritten(combine: Combine) -> None:
     assert all(torch.equal(a.vector, b.vector) for a, b in zip(given[1:], kept[1:], strict=True))
 
 
-@every_combine
+@pytest.mark.parametrize("combine", [combine for combine in COMBINES if combine.linear], ids=repr)
 def test_a_linear_combine_of_combines_is_the_combine_of_all(combine: Combine) -> None:
-    if not combine.linear:
-        pytest.skip("not linear")
     a, b, whole = updates(5)[:2], updates(5)[2:], combine(updates(5))
     nodes = combine([combine(a), combine(b)])
     torch.testing.assert_close(nodes.vector, whole.vector, rtol=0, atol=1e-6)
