@@ -144,7 +144,7 @@ def test_barrier_runs_again_after_the_loss_of_a_rank(run):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("engine", ["barrier", "shuffle"])
+@pytest.mark.parametrize("engine", ["barrier", pytest.param("shuffle", marks=pytest.mark.slow)])
 def test_an_interrupt_of_the_driver_cancels_the_jobs(run, engine):
     program = f"""
     spark = local_session(cores=2, conf={{"spark.ui.showConsoleProgress": "false"}})

@@ -249,7 +249,7 @@ spark.stop()
     "wanted",
     [
         pytest.param({"cores": 2, "conf": {"spark.sql.shuffle.partitions": 5}}, id="local"),
-        pytest.param({"cluster": (2, 1, 1024)}, id="cluster", marks=pytest.mark.cluster),
+        pytest.param({"cluster": (2, 1, 1024)}, id="cluster", marks=[pytest.mark.cluster, pytest.mark.slow]),
     ],
 )
 def test_a_job_runs_on_the_packaged_jre_with_torch_already_there(wanted, tmp_path):
