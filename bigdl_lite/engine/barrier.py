@@ -11,6 +11,7 @@ row, so Spark does not repeat in vain what will fail again. A lost process fails
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -75,8 +76,6 @@ def _listen(host: str, observer: Observer) -> Any:
     try:
         return Listener(host, secrets.token_hex(16), observer)
     except OSError:  # the driver's own host name cannot be bound here: no live lines, the rest works
-        import contextlib
-
         return contextlib.nullcontext()
 
 

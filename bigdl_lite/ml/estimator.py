@@ -6,7 +6,6 @@ From Params to a Recipe, from a DataFrame to a frame of numWorkers partitions, t
 from __future__ import annotations
 
 import copy
-import logging
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,8 +33,6 @@ from bigdl_lite.model.batchnorm import synchronised
 from bigdl_lite.model.layout import Blueprint, blueprint
 from bigdl_lite.model.replica import Replica, Squeezed
 from bigdl_lite.observe.progress import Progress
-
-_LOG = logging.getLogger("bigdl_lite")
 
 
 def _adam(parameters: Any) -> torch.optim.Optimizer:

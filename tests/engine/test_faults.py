@@ -112,7 +112,7 @@ def test_shuffle_survives_the_loss_of_an_executor(run):
     assert told == {"executors": 2, "killed": 1, "equal": True, "steps": 24}
 
 
-@pytest.mark.slow  # once in eight runs Spark's repetition of the stage did not start all its ranks, and the others waited
+@pytest.mark.slow  # once in nine runs Spark's repetition of the stage did not start all its ranks, and the others waited
 @pytest.mark.cluster
 @pytest.mark.timeout(200)
 def test_barrier_runs_again_after_the_loss_of_a_rank(run):
