@@ -32,7 +32,7 @@ def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -
         if not batch.num_rows:
             continue
         for found, column in zip(parts, columns.all, strict=True):
-            values = tensor(batch.column(column.name), column, partition, seen)
+            values = column_of(batch, column, partition, seen)
             if found and values.shape[1:] != found[0].shape[1:]:
                 raise DataError(
                     f"column {column.name!r} holds rows of shape {list(found[0].shape[1:])} and "
@@ -56,6 +56,7 @@ def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -
 
 
 Shapes = list[list[int]]
+_BLOCK = 256  # rows
 
 
 def shapes(share: Batch | None) -> Shapes | None:
@@ -86,6 +87,29 @@ def nothing(columns: Columns, agreed: Shapes) -> Batch:
     made = [torch.empty([0, *shape], dtype=c.dtype) for c, shape in zip(columns.all, agreed, strict=True)]
     k = len(columns.inputs)
     return Batch(tuple(made[:k]), made[k] if columns.label else None)
+
+
+def column_of(batch: pa.RecordBatch, column: Column, partition: int, first_row: int = 0) -> Tensor:
+    """A column of one record batch, or several columns of numbers side by side, as a tensor [B, ...] of column.dtype."""
+    if not column.members:
+        return tensor(batch.column(column.name), column, partition, first_row)
+    return side_by_side([batch.column(name) for name in column.members], column, partition, first_row)
+
+
+def side_by_side(arrays: Sequence[pa.Array], column: Column, partition: int, first_row: int = 0) -> Tensor:
+    """k arrays of numbers as the columns of one tensor [B, k] of column.dtype.  Cost: each value is copied once."""
+    parts = [_numbers(x, column, "") if not x.null_count else None for x in arrays]
+    rows = len(arrays[0])
+    made = torch.empty(rows, len(arrays), dtype=column.dtype)
+    if all(part is not None and part.dtype == column.dtype for part in parts):
+        # a block of rows of all columns fits in the cache, so that every line of `made` is written once
+        for at in range(0, rows, _BLOCK):
+            torch.stack([part[at : at + _BLOCK] for part in parts], 1, out=made[at : at + _BLOCK])
+        if not column.finite or not made.is_floating_point() or bool(torch.isfinite(made).all()):
+            return made
+    for j, (name, array) in enumerate(zip(column.members, arrays, strict=True)):  # other dtypes; or an error that names its column
+        made[:, j] = tensor(array, Column(name, column.dtype, finite=column.finite), partition, first_row)
+    return made
 
 
 def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) -> Tensor:

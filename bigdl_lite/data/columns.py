@@ -6,6 +6,7 @@
     list (of lists) of those       [B, ...], the same dtypes     every row of one shape
     binary, with Raw(shape, dtype) [B, *shape] of that dtype     every value of that many bytes
     binary, with a function        [B, *], what it returns       every result of one shape and dtype
+    k columns named together       [B, k] float of the module    each a column of numbers; whole numbers if all are
 
 ml vectors have become lists of numbers before they come here. Everything else is refused by name on the driver.
 """
@@ -44,18 +45,39 @@ class Raw:
 Decoder = Raw | Callable[[bytes], np.ndarray]
 
 
+Name = str | Sequence[str]  # of an input: one column, or columns of numbers that become one tensor
+
+
+def flat(names: Sequence[Name]) -> list[str]:
+    """All columns that `names` names, each once."""
+    return list(dict.fromkeys(one for name in names for one in ([name] if isinstance(name, str) else name)))
+
+
+def _title(name: Name) -> str:
+    return name if isinstance(name, str) else f"{name[0]} .. {name[-1]}"
+
+
 @dataclass(frozen=True)
 class Column:
-    """One column and the dtype of its tensor. depth counts list levels; decoder is set for binary columns only."""
+    """One column and the dtype of its tensor. depth counts list levels; decoder is set for binary columns only.
+
+    members names the columns of numbers that make up this one, side by side; empty for a column that stands for itself.
+    """
 
     name: str
     dtype: torch.dtype
     depth: int = 0
     decoder: Decoder | None = None
     finite: bool = True  # NaN and infinity are errors
+    members: tuple[str, ...] = ()
 
-    def renamed(self, name: str) -> Column:
-        return replace(self, name=name)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns of the DataFrame that this one reads."""
+        return self.members or (self.name,)
+
+    def renamed(self, name: Name) -> Column:
+        return replace(self, name=_title(name), members=() if isinstance(name, str) else tuple(name))
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,7 @@ class Columns:
 
 def describe(
     schema: pa.Schema,
-    inputs: Sequence[str],
+    inputs: Sequence[Name],
     label: str | None,
     floating: torch.dtype,
     decoders: Mapping[str, Decoder] | None = None,
@@ -92,10 +114,13 @@ def describe(
     decoders = decoders or {}
     if not inputs:
         raise RecipeError("inputCols is empty: name at least one column")
-    unknown = sorted(set(decoders) - {*inputs, *([label] if label else [])})
+    unknown = sorted(set(decoders) - {*flat(inputs), *([label] if label else [])})
     if unknown:
         raise RecipeError(f"decoders name {unknown}, which are neither input nor label columns")
-    made = [_column(schema, name, floating, decoders.get(name)) for name in inputs]
+    made = [
+        _column(schema, name, floating, decoders.get(name)) if isinstance(name, str) else _group(schema, name, floating)
+        for name in inputs
+    ]
     target = None
     if label is not None:
         target = _column(schema, label, floating, decoders.get(label))
@@ -109,6 +134,17 @@ def require(names: Sequence[str], present: Sequence[str]) -> None:
     missing = [name for name in names if name not in present]
     if missing:
         raise DataError(f"no column {missing[0]!r}; the DataFrame has {', '.join(map(repr, present)) or 'none'}")
+
+
+def _group(schema: pa.Schema, names: Sequence[str], floating: torch.dtype) -> Column:
+    if not names:
+        raise RecipeError("inputCols holds an empty list: name at least one column in it")
+    parts = [_column(schema, name, floating, None) for name in names]
+    for part in parts:
+        if part.depth:
+            raise DataError(f"column {part.name!r} holds arrays; columns that are named together must each hold one number a row")
+    whole = all(part.dtype == torch.int64 for part in parts)
+    return Column(_title(names), torch.int64 if whole else floating, 1, members=tuple(names))
 
 
 def _column(schema: pa.Schema, name: str, floating: torch.dtype, decoder: Decoder | None) -> Column:

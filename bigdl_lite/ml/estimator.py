@@ -48,7 +48,8 @@ class TorchEstimator(Estimator, HasTraining):
     optimizer         callable (parameters) -> torch.optim.Optimizer; any optimizer, parameter groups included. parameters
                       is the list of trainable parameters, parameters.named the dict of them by name
     scheduler         callable (optimizer) -> a torch learning rate scheduler, stepped once per schedulerInterval
-    inputCols         one column for each positional argument of forward: numbers, arrays, ml vectors, binary (see decoders)
+    inputCols         one column for each positional argument of forward: numbers, arrays, ml vectors, binary (see decoders);
+                      a list of columns of numbers in place of one makes one argument [rows, columns] of them
     labelCol          the second argument of loss
     decoders          how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}
     batchSize         rows of one step over ALL workers
@@ -70,7 +71,7 @@ class TorchEstimator(Estimator, HasTraining):
     def __init__(
         self, *, module: nn.Module | Callable[[], nn.Module] | None = None, loss: Callable[[Any, Tensor], Tensor] | None = None,
         optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None, schedulerInterval: str | None = None,
-        inputCols: list[str] | None = None, labelCol: str | None = None, predictionCol: str | None = None,
+        inputCols: list[str | list[str]] | None = None, labelCol: str | None = None, predictionCol: str | None = None,
         decoders: Mapping[str, Decoder] | None = None, batchSize: int | None = None, epochs: int | None = None,
         numWorkers: int | None = None, engine: str | Engine | None = None,
         algorithm: str | Callable[[TorchOptimizer], Round] | None = None, seed: int | None = None,
@@ -149,7 +150,7 @@ class TorchEstimator(Estimator, HasTraining):
         return Head(self._kind(loss), tuple(output.shape[1:])) if isinstance(output, Tensor) else None
 
 
-def _columns(frame: DataFrame, inputs: list[str], label: str, dtype: torch.dtype, decoders: Any, loss: Any) -> Columns:
+def _columns(frame: DataFrame, inputs: list[str | list[str]], label: str, dtype: torch.dtype, decoders: Any, loss: Any) -> Columns:
     chosen = select(frame, [*inputs, label]) if "__bigdl_lite_row" not in frame.columns else frame
     columns = read_columns(chosen, inputs, label, dtype, decoders)
     classes = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and columns.label.depth == 0

@@ -15,7 +15,7 @@ from torch import nn
 
 from bigdl_lite.data.columns import Columns
 from bigdl_lite.engine.recipe import Outcome, Start
-from bigdl_lite.engine.spark import Shipped
+from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.head import Head
 from bigdl_lite.ml.params import HasScoring
@@ -84,7 +84,7 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         if self._head is None:
             raise RecipeError("transform needs a module that returns one tensor; score with model.module instead")
         assert self._plan and self._columns
-        names = self.getInputCols() if self.isDefined(self.inputCols) else [c.name for c in self._columns.inputs]
+        names = self.getInputCols() if self.isDefined(self.inputCols) else [c.members or c.name for c in self._columns.inputs]
         if len(names) != len(self._columns.inputs):
             raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols names {len(names)}")
         inputs = tuple(c.renamed(name) for c, name in zip(self._columns.inputs, names, strict=True))

@@ -15,9 +15,18 @@ def _param(name: str, doc: str, convert: Callable[[Any], Any] = TypeConverters.i
     return Param(Params._dummy(), name, doc, typeConverter=convert)
 
 
+def _names(value: Any) -> list[str | list[str]]:
+    """A list of names; a list of names in it stands for one input."""
+    if not isinstance(value, list | tuple):
+        raise TypeError("must be a list of column names, or of lists of them")
+    made = [name if isinstance(name, str) else TypeConverters.toListString(list(name)) for name in value]
+    return made
+
+
 class HasScoring(HasInputCols, HasPredictionCol):
     """What a model needs to score."""
 
+    inputCols = _param("inputCols", "one column, or a list of columns of numbers, for each argument of forward", _names)
     predictBatchSize = _param("predictBatchSize", "rows of one forward pass in transform", TypeConverters.toInt)
     decoders = _param("decoders", "how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}")
 

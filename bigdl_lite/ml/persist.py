@@ -113,7 +113,7 @@ def _column(c: Column) -> dict[str, Any]:
             f"the decoder of column {c.name!r} cannot be found by name, so this model cannot be saved: "
             "define it as a function at the top level of a module"
         )
-    return {"name": c.name, "dtype": str(c.dtype), "depth": c.depth, "decoder": decoder}
+    return {"name": c.name, "dtype": str(c.dtype), "depth": c.depth, "decoder": decoder, "members": list(c.members)}
 
 
 def _columns(told: list[dict[str, Any]]) -> Columns:
@@ -124,7 +124,7 @@ def _columns(told: list[dict[str, Any]]) -> Columns:
             decoder = Raw(tuple(decoder["shape"]), decoder["dtype"])
         elif decoder is not None:
             decoder = _find(decoder)
-        made.append(Column(c["name"], _dtype(c["dtype"]), c["depth"], decoder))
+        made.append(Column(c["name"], _dtype(c["dtype"]), c["depth"], decoder, members=tuple(c.get("members", ()))))
     return Columns(tuple(made))
 
 
