@@ -6,6 +6,7 @@
     |-- UserError         (RuntimeError)  the user's module, loss, optimizer or decoder raised; its traceback comes first
     |-- DivergedError     (RuntimeError)  loss is no longer a finite number
     |-- WireError         (ValueError)    bytes that are not what they claim to be
+    |-- CheckpointError   (RuntimeError)  a checkpoint that cannot be saved, or must not be loaded
     |-- MeetingTimeout    (TimeoutError)  a rank waited longer than the deadline for another
     `-- PeerLost          (RuntimeError)  another rank stopped; its own error is the one to read
 
@@ -44,6 +45,10 @@ class WireError(BigDLError, ValueError):
     """Bytes that are not what they claim to be."""
 
 
+class CheckpointError(BigDLError, RuntimeError):
+    """A checkpoint cannot be saved, or is not one to go on from."""
+
+
 class MeetingTimeout(BigDLError, TimeoutError):
     """A rank waited too long for another."""
 
@@ -53,7 +58,8 @@ class PeerLost(BigDLError, RuntimeError):
 
 
 KINDS: dict[str, type[BigDLError]] = {
-    kind.__name__: kind for kind in (RecipeError, DataError, UserError, DivergedError, WireError, MeetingTimeout, PeerLost)
+    kind.__name__: kind
+    for kind in (RecipeError, DataError, UserError, DivergedError, WireError, CheckpointError, MeetingTimeout, PeerLost)
 }
 
 

@@ -14,7 +14,7 @@ from bigdl_lite.errors import KINDS, BigDLError, DataError, UserError, report, r
 
 BUILT_IN = {
     "RecipeError": ValueError, "DataError": ValueError, "UserError": RuntimeError, "DivergedError": RuntimeError,
-    "WireError": ValueError, "MeetingTimeout": TimeoutError, "PeerLost": RuntimeError,
+    "WireError": ValueError, "CheckpointError": RuntimeError, "MeetingTimeout": TimeoutError, "PeerLost": RuntimeError,
 }  # fmt: skip
 
 
