@@ -30,7 +30,8 @@ FLOORS = {
 GROUND_FILES = {"vector", "batch", "errors"}  # they share one folder: the package's own
 
 # the files (or folders, with a slash) through which an outside library may be reached
-SPARK = {f"engine/{name}.py" for name in ("spark", "barrier", "shuffle", "pack", "session", "daemon", "worker")} | {"ml/"}
+_WITH_SPARK = ("spark", "barrier", "shuffle", "routes", "shipped", "pack", "session", "daemon", "worker")
+SPARK = {f"engine/{name}.py" for name in _WITH_SPARK} | {"ml/"}
 DOORS = {
     "pyspark": SPARK,
     "py4j": SPARK,

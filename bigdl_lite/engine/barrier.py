@@ -17,7 +17,8 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,22 @@ from pyspark.sql import DataFrame
 from bigdl_lite.batch import Batch
 from bigdl_lite.comm.block import Block, create, home, join, private
 from bigdl_lite.comm.group import Group, Store
+from bigdl_lite.comm.window import Window, look
 from bigdl_lite.data.arrow import agree, nothing, shapes, share
 from bigdl_lite.engine.live import Listener, Speaker
 from bigdl_lite.engine.meeting import Meeting, Place
 from bigdl_lite.engine.pack import foreign, pack, unpack
 from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
-from bigdl_lite.engine.spark import Shipped, collect, gpu, jobs, slots
+from bigdl_lite.engine.shipped import Shipped, mappable
+from bigdl_lite.engine.spark import collect, gpu, jobs, slots, stream
 from bigdl_lite.engine.worker import local_dir, settle
 from bigdl_lite.errors import DataError, MeetingTimeout, PeerLost, RecipeError, report, revive
 
 _SCHEMA = "kind string, rank int, part int, payload binary"
 _ARROW = pa.schema([("kind", pa.string()), ("rank", pa.int32()), ("part", pa.int32()), ("payload", pa.binary())])
-_PART = 1 << 24  # bytes of weights in one row
+_PART = 1 << 18  # bytes of weights in one row: arrays of half a heap region are slow in the JVM, and waste it
+_PARTITION = 1 << 24  # bytes of weights in one partition of the result, on average
 
 
 class BarrierEngine:
@@ -62,14 +66,23 @@ class BarrierEngine:
                 f"ask for fewer workers, give Spark more cores, or take engine='shuffle'"
             )
         host = sc.getConf().get("spark.driver.host", "127.0.0.1")
-        shipped = Shipped.send(sc, start)
+        shipped = Shipped.send(sc, start, may_map=self.share_memory)
+        result = mappable(sc, start.weights.nbytes) if self.share_memory else None
+        parts = 1 if result else -(-start.weights.nbytes // _PARTITION)
         try:
             with jobs(sc, f"bigdl_lite {recipe.run}: barrier, {p} ranks"), _listen(host, observer) as live:
-                main = _task(pack(recipe), shipped, live.address if live else None, self.share_memory)
-                table = collect(frame.mapInArrow(main, _SCHEMA, barrier=True).repartition(1))
+                way = _Way(shipped, result.address if result else "", live.address if live else None, self.share_memory)
+                main = _task(pack(recipe), way)
+                told = frame.mapInArrow(main, _SCHEMA, barrier=True)
+                if parts <= 1:
+                    rows = collect(told.repartition(1)).to_pylist()
+                else:  # a partition at a time, because the driver's JVM may be smaller than the weights
+                    rows = stream(told.repartition(parts, "part"))
+                return _outcome(rows, recipe, result)
         finally:
             shipped.drop()
-        return _outcome(table, recipe)
+            if result:
+                result.close()
 
 
 def _listen(host: str, observer: Observer) -> Any:
@@ -79,32 +92,43 @@ def _listen(host: str, observer: Observer) -> Any:
         return contextlib.nullcontext()
 
 
-def _outcome(table: pa.Table, recipe: Recipe) -> Outcome:
-    rows = table.to_pylist()
-    if not rows:  # Spark's optimizer knew the frame to be empty, and started no task
+@dataclass(frozen=True)
+class _Way:
+    """How a rank speaks with the driver. result: where the driver maps the weights, if it does; live: for lines of history."""
+
+    shipped: Shipped
+    result: str
+    live: tuple[str, int, str] | None
+    share_memory: bool
+
+
+def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None) -> Outcome:
+    found = recipe.blueprint.layout
+    weights = result.values(found.dtype, found.n) if result else torch.empty(found.n, dtype=found.dtype)
+    data, got, errors, rest, seen = memoryview(weights.view(torch.uint8).numpy()), 0, [], None, False
+    for row in rows:
+        seen = True
+        if row["kind"] == "weights":
+            at, payload = row["part"] * _PART, row["payload"]
+            data[at : at + len(payload)] = payload
+            got += len(payload)
+        elif row["kind"] == "rest":
+            rest = json.loads(bytes(row["payload"]))
+        else:
+            errors.append((row["rank"], bytes(row["payload"])))
+    if not seen:  # Spark's optimizer knew the frame to be empty, and started no task
         agree([], recipe.columns)
-    errors = [row for row in rows if row["kind"] == "error"]
     if errors:
-        told = [json.loads(row["payload"]) for row in sorted(errors, key=lambda row: row["rank"])]
+        told = [json.loads(payload) for _, payload in sorted(errors)]
         # a rank that only lost its peer says nothing new
         raise revive(next((x for x in told if x["kind"] not in (PeerLost.__name__, MeetingTimeout.__name__)), told[0]))
-    found = recipe.blueprint.layout
-    weights = torch.empty(found.n, dtype=found.dtype)
-    data, at = memoryview(weights.view(torch.uint8).numpy()), 0
-    for row in sorted((row for row in rows if row["kind"] == "weights"), key=lambda row: row["part"]):
-        payload = row["payload"]
-        data[at : at + len(payload)] = payload
-        at += len(payload)
-    if at != len(data):
-        raise PeerLost(f"{at} of {len(data)} bytes of weights came back; see the executors' logs")
-    rest = json.loads(next(row["payload"] for row in rows if row["kind"] == "rest"))
+    if rest is None or got != (0 if result else len(data)):
+        raise PeerLost(f"{got} of {len(data)} bytes of weights came back; see the executors' logs")
     buffers = torch.tensor([float.fromhex(x) for x in rest["buffers"]], dtype=torch.float64)
     return Outcome(weights, buffers, rest["history"], BarrierEngine.name, rest["shapes"])
 
 
-def _task(
-    packed: bytes, shipped: Shipped, live: tuple[str, int, str] | None, share_memory: bool
-) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _task(packed: bytes, way: _Way) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def main(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         settle()
         try:
@@ -112,15 +136,13 @@ def _task(
         except Exception as error:  # the same on every rank, so none of them waits
             yield _row("error", BarrierTaskContext.get().partitionId(), json.dumps(foreign(error)).encode())
             return
-        yield from _rank(batches, recipe, shipped, live, share_memory)
+        yield from _rank(batches, recipe, way)
         gc.collect()  # a reused worker must not keep this fit's block mapped
 
     return main
 
 
-def _rank(
-    batches: Iterator[pa.RecordBatch], recipe: Recipe, shipped: Shipped, live: tuple[str, int, str] | None, share_memory: bool
-) -> Iterator[pa.RecordBatch]:
+def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Iterator[pa.RecordBatch]:
     context = BarrierTaskContext.get()
     rank = context.partitionId()
     where = f"rank {rank} (partition {rank})"
@@ -129,7 +151,7 @@ def _rank(
         mine = share(batches, recipe.columns, rank)
     except Exception as error:
         failure = report(error, where)
-    hall = _Hall(context, recipe, share_memory)
+    hall = _Hall(context, recipe, way.share_memory)
     try:
         everyone = hall.gather(mine, failure)
         if failure or any(other["failure"] for other in everyone):
@@ -141,8 +163,9 @@ def _rank(
             agreed = agree([other["shapes"] for other in everyone], recipe.columns)
             mine = nothing(recipe.columns, agreed) if mine is None else mine
             meeting = hall.enter(everyone)
-            speaker = Speaker(live if rank == 0 else None)
-            outcome = train(mine, [other["rows"] for other in everyone], recipe, shipped.read(), meeting, speaker)
+            speaker = Speaker(way.live if rank == 0 else None)
+            start = way.shipped.read(meeting.block.weights if meeting.place.local == 0 else None)
+            outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker)
             speaker.close()
         except Exception as error:
             if meeting is not None:
@@ -151,7 +174,7 @@ def _rank(
                 yield _row("error", rank, json.dumps(report(error, where)).encode())
             return
         if rank == 0:
-            yield from _result(outcome)
+            yield from _result(outcome, way.result)
         meeting.close()
     finally:
         hall.leave()
@@ -164,10 +187,17 @@ def _row(kind: str, rank: int, payload: bytes | memoryview, part: int = 0) -> pa
     )
 
 
-def _result(outcome: Outcome) -> Iterator[pa.RecordBatch]:
-    data = memoryview(outcome.weights.detach().cpu().view(torch.uint8).numpy())
-    for part, at in enumerate(range(0, len(data), _PART)):
-        yield _row("weights", 0, data[at : at + _PART], part)
+def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
+    weights = outcome.weights.detach()
+    if address:
+        there = look(address)
+        if there is None:
+            raise PeerLost("the driver's memory cannot be seen from this worker; are they in one container?")
+        there.values(weights.dtype, len(weights)).copy_(weights)
+    else:
+        data = memoryview(weights.cpu().view(torch.uint8).numpy())
+        for part, at in enumerate(range(0, len(data), _PART)):
+            yield _row("weights", 0, data[at : at + _PART], part)
     # hexadecimal floats: JSON has no NaN, and the bits must survive
     rest = {"history": outcome.history, "shapes": outcome.shapes, "buffers": [x.hex() for x in outcome.buffers.tolist()]}
     yield _row("rest", 0, json.dumps(rest).encode())

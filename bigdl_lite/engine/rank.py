@@ -33,12 +33,13 @@ def train(
     """Trains to the end; every rank returns the same weights and buffers. Rank 0 keeps the history and calls the observer.
 
     share   this rank's rows, perhaps none (but of the shapes that all shares have)
+    start   its weights count on the first rank of each node only, and may be those of the block already
     counts  the rows of every rank
     """
     rank, method, block = meeting.place.rank, recipe.round, meeting.block
     replica = Replica(recipe.blueprint, block.weights, block.grads[meeting.place.local], start.constants, recipe.loss)
     connect(replica.module, meeting.all_reduce)
-    if meeting.place.local == 0:
+    if meeting.place.local == 0 and start.weights.data_ptr() != block.weights.data_ptr():
         block.weights.copy_(start.weights)
     replica.buffers = start.buffers
     block.wait()

@@ -8,6 +8,8 @@
       |  collect
     driver    advance, slice by slice; next round
 
+Where driver and executors are on one machine, values need not travel: see routes.py.
+
 A task is a pure function of (broadcast, partition, seed, round), so Spark may run it again, twice, or elsewhere.
 The decoded share lies on the executor's own disk. A small token for each partition is a cached RDD, which makes Spark
 prefer that executor; where the executor dies, the token is computed again from the DataFrame's lineage, and with it the
@@ -15,7 +17,8 @@ share. A task that finds itself on an executor without its share says so, and th
 
     n  flat weights      p  workers (tasks of the map)      k  slices, each with an owner (tasks of the combine)
 
-A slice travels in pieces of 256 KB; its owner adds up a piece as soon as all workers' parts of it are there.
+A slice travels in pieces of 256 KB; its owner adds up a piece as soon as all workers' parts of it are there. A model of
+one slice is the driver's own: then the job has one stage.
 
 Source: Dai et al., "BigDL: A Distributed Deep Learning Framework for Big Data", SoCC 2019, Alg. 1 and 2. Here the
 optimizer runs on the driver, because the weights pass through it anyway.
@@ -24,40 +27,46 @@ optimizer runs on the driver, because the weights pass through it anyway.
 from __future__ import annotations
 
 import json
+import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from pyspark import RDD, SparkContext, StorageLevel
 from pyspark.sql import DataFrame
 from torch import Tensor
 
-from bigdl_lite.algorithms import Update, merge_buffers
+from bigdl_lite.algorithms import merge_buffers
 from bigdl_lite.batch import quotas
+from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
-from bigdl_lite.engine.spark import Shipped, exchange, is_classic, jobs, slots
-from bigdl_lite.engine.tasks import Order, combiner_of, decoder_of, mapper_of, remover_of, side_of
-from bigdl_lite.errors import PeerLost, RecipeError, revive
+from bigdl_lite.engine.routes import Blind, Ground, MemoryRoute, Route, ShuffleRoute, window_for
+from bigdl_lite.engine.shipped import Shipped
+from bigdl_lite.engine.spark import is_classic, jobs, on_this_machine, slots
+from bigdl_lite.engine.tasks import TOKEN, Order, decoder_of, remover_of, state_in
+from bigdl_lite.errors import RecipeError, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.replica import Replica
-from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, Raw
 
-_SMALL = 1 << 18  # bytes of a slice under which one more task costs more than it saves
-_REFILLS = 20
+_LOG = logging.getLogger("bigdl_lite")
+_SMALL = 1 << 20  # bytes of weights for which a second stage costs more than it saves
 
 
 class ShuffleEngine:
-    """codec: how a slice of an update travels through the shuffle."""
+    """codec         how a slice of an update travels through the shuffle; None: as it is
+    share_memory  whether processes of one machine may look at each other's memory; never done with a codec, nor where
+                  Spark's encryption is on
+    """
 
     name = "shuffle"
 
-    def __init__(self, codec: Codec | None = None) -> None:
-        self.codec = codec
+    def __init__(self, codec: Codec | None = None, share_memory: bool = True) -> None:
+        self.codec, self.share_memory = codec, share_memory
 
     def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome:
         """Trains on a frame of recipe.num_workers partitions (see spark.arrange)."""
@@ -69,9 +78,11 @@ class ShuffleEngine:
                 "take engine='barrier' or 'local'"
             )
         sc = frame.sparkSession.sparkContext
-        _check_size(sc, start.weights)
+        window = window_for(sc, recipe) if self.share_memory and self.codec is None else None
+        if window is None or not on_this_machine(sc):
+            _check_size(sc, start.weights)
         with jobs(sc, f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
-            return _Rounds(frame, recipe, start, observer, self.codec or Raw(recipe.blueprint.layout.dtype)).run()
+            return _Rounds(frame, recipe, start, observer, self.codec or Raw(recipe.blueprint.layout.dtype), window).run()
 
 
 def _check_size(sc: SparkContext, weights: Tensor) -> None:
@@ -89,48 +100,69 @@ def _check_size(sc: SparkContext, weights: Tensor) -> None:
 
 
 class _Rounds:
-    def __init__(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, codec: Codec) -> None:
-        self.frame, self.recipe, self.codec = frame, recipe, codec
+    def __init__(
+        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, codec: Codec, window: Window | None
+    ) -> None:
+        self.frame, self.recipe, self.codec, self.window = frame, recipe, codec, window
         self.sc = frame.sparkSession.sparkContext
-        self.weights, self.buffers = start.weights.clone(), start.buffers
-        self.gradient = torch.zeros_like(self.weights)
+        found = recipe.blueprint.layout
+        if window is None:
+            self.weights = start.weights.clone()
+        else:
+            self.weights, _ = state_in(window, found.n, found.m, found.dtype)
+            self.weights.copy_(start.weights)
+        self.buffers = start.buffers
         self.history = History(recipe.log_interval, observer)
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
-        n = recipe.blueprint.layout.n
-        k = max(1, min(recipe.num_workers, slots(frame.sparkSession), -(-n * self.weights.itemsize // _SMALL)))
+        k = 1 if self.weights.nbytes < _SMALL else min(recipe.num_workers, slots(frame.sparkSession))
         method = recipe.round.advance
-        self.cuts = method.cuts(self.replica, k)
+        self.cuts = method.cuts(self.replica, max(1, k))
         self.advancers = [method.start(self.replica, cut) for cut in self.cuts]
-        self.shipped = Shipped.send(self.sc, start)
+        self.shipped = Shipped.send(self.sc, replace(start, weights=start.weights[:0]), may_map=window is not None)
         self.static = self.sc.broadcast(pack((recipe, codec)))
 
     def run(self) -> Outcome:
         tokens = self._ingest().persist(StorageLevel.MEMORY_AND_DISK)
+        route: Route | None = None
         try:
-            counts, found = self._counts(tokens)
+            counts, found, sees = self._counts(tokens)
             plan = quotas(counts, self.recipe.batch_size)
             self.history.start(plan, self.recipe.epochs)
             dealt = np.cumsum(plan, axis=0) - plan
+            base = Order(self.recipe.run, counts, tuple(self.cuts))
+            ground = Ground(
+                self.sc, tokens, self.recipe, self.codec, self.static, self.shipped, base,
+                lambda missing: self.sc.runJob(self._ingest(), list, missing),
+            )  # fmt: skip
+            route = MemoryRoute(ground, self.window) if self.window is not None and sees else ShuffleRoute(ground)
             step = 0
             for epoch in range(self.recipe.epochs):
                 for first, quota in zip(dealt, plan, strict=True):
-                    order = Order(self.recipe.run, step, epoch, tuple(first.tolist()), tuple(quota.tolist()), counts, tuple(self.cuts))
-                    self._round(tokens, order)
+                    order = replace(base, round=step, epoch=epoch, first=tuple(first.tolist()), quota=tuple(quota.tolist()))
+                    try:
+                        self._round(route, order)
+                    except Blind as why:
+                        _LOG.warning("shuffle: from round %d on values travel through Spark, because %s", step, why)
+                        route.close()
+                        route = ShuffleRoute(ground)
+                        self._round(route, order)
                     step += 1
                 mean = self.history.epoch(epoch)
                 for advancer in self.advancers:
                     advancer.end_epoch(mean)
         finally:
+            if self.window is not None:
+                self.window.close()
             self._clean(tokens)
         return Outcome(self.weights, self.buffers, self.history.lines, ShuffleEngine.name, found)
 
     def _ingest(self) -> RDD[Any]:
         """One token a partition; computing it puts the decoded share on the executor's disk."""
-        schema = "partition int, rows long, shapes string, error string"
-        return self.frame.mapInArrow(decoder_of(self.static, self.recipe.run), schema).rdd
+        address = self.window.address if self.window is not None else ""
+        return self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address), TOKEN).rdd
 
-    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], Shapes]:
-        """The rows of every share, and the shapes of one row."""
+    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], Shapes, bool]:
+        """The rows of every share, the shapes of one row, and whether all workers see the driver's memory."""
         told = {token.partition: token for token in tokens.collect()}
         errors = [json.loads(told[i].error) for i in sorted(told) if told[i].error]
         if errors:
@@ -138,60 +170,21 @@ class _Rounds:
         # no token at all: Spark's optimizer knew the frame to be empty, and started no task
         workers = range(self.recipe.num_workers if told else 0)
         found = agree([json.loads(told[i].shapes) for i in workers], self.recipe.columns)
-        return tuple(told[i].rows for i in workers), found
+        return tuple(told[i].rows for i in workers), found, all(told[i].sees for i in workers)
 
-    def _round(self, tokens: RDD[Any], order: Order) -> None:
+    def _round(self, route: Route, order: Order) -> None:
         began = time.perf_counter()
-        state = self.sc.broadcast((self.weights.view(torch.uint8).numpy().tobytes(), self.buffers.numpy().tobytes()))
-        try:
-            frames = self._job(tokens, order, state)
-        finally:
-            state.destroy(blocking=False)
-        sides = sorted((side_of(f) for f in frames if f.kind == wire.SIDE), key=lambda side: side.rank)
+        sides, updates, sent = route.round(order, self.weights, self.buffers)
         mean = mean_loss(sides, order.round)
-        weight = sum(side.weight for side in sides)
-        self._gather(frames, order)
-        updates = [Update(self.gradient[start:stop], weight) for start, stop in self.cuts]
         measured = sum(a.measure(u) for a, u in zip(self.advancers, updates, strict=True))
         for advancer, update in zip(self.advancers, updates, strict=True):
             advancer.step(update, measured)
         if self.recipe.blueprint.layout.m:
             self.replica.buffers = merge_buffers(sides)
             self.buffers = self.replica.buffers  # as rounded to their own dtypes
-        sent = len(order.senders) * sum(self.codec.nbytes(stop - start) for _, (start, stop) in order.pieces)
         seconds, rate = time.perf_counter() - began, self.advancers[0].rates()[0]
         self.history.step(order.round, order.epoch, sides, mean, seconds, rate)
         self.history.sent(sent)
-
-    def _gather(self, frames: list[wire.Frame], order: Order) -> None:
-        """The combined pieces, each at its place in the gradient."""
-        pieces, missing = order.pieces, set(range(len(order.pieces)))
-        target = memoryview(self.gradient.view(torch.uint8).numpy())
-        width = self.gradient.itemsize
-        for f in frames:
-            if f.kind == wire.COMBINED:
-                start, stop = pieces[f.slice][1]
-                target[start * width : stop * width] = f.payload
-                missing.discard(f.slice)
-        if missing:
-            raise PeerLost(f"{len(missing)} of {len(pieces)} pieces did not come back in round {order.round}")
-
-    def _job(self, tokens: RDD[Any], order: Order, state: Any) -> list[wire.Frame]:
-        """Runs the round; refills the executors that lack a share, and runs it again, where tasks report that."""
-        for _ in range(_REFILLS):
-            mapper = mapper_of(self.static, self.shipped, state, order)
-            frames = [wire.loads(data) for data in exchange(tokens, mapper, len(self.cuts), combiner_of(self.static, order))]
-            errors = sorted((f for f in frames if f.kind == wire.ERROR), key=lambda f: f.rank)
-            if errors:
-                raise revive(errors[0].json())
-            missing = sorted({f.rank for f in frames if f.kind == wire.MISS})
-            if not missing:
-                return frames
-            self.sc.runJob(self._ingest(), list, missing)
-        raise PeerLost(
-            f"partitions {missing} were on no executor that ran their task, {_REFILLS} times in round {order.round}; "
-            "raise spark.locality.wait, or use fewer and larger executors"
-        )
 
     def _clean(self, tokens: RDD[Any]) -> None:
         try:

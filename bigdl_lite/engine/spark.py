@@ -9,7 +9,6 @@ import contextlib
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -21,11 +20,8 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import ArrayType, DecimalType, IntegerType, StructField, StructType, UserDefinedType
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
-from bigdl_lite.data.columns import Columns, Decoder, describe, require
-from bigdl_lite.engine.recipe import Start
+from bigdl_lite.data.columns import Columns, Decoder, Name, describe, flat, require
 from bigdl_lite.errors import DataError
 
 ROW = "__bigdl_lite_row"
@@ -34,12 +30,12 @@ ROW = "__bigdl_lite_row"
 _UNFIT = re.compile(r"UnionRDD|CoalescedRDD|PartitionPruningRDD|CartesianRDD|PartitionerAwareUnionRDD")
 
 
-def select(frame: DataFrame, names: Sequence[str]) -> DataFrame:
+def select(frame: DataFrame, names: Sequence[Name]) -> DataFrame:
     """The named columns, each of a type that Arrow can carry: ml vectors become arrays, decimals doubles.
 
     Raises DataError where a name is missing.
     """
-    names = list(dict.fromkeys(names))
+    names = flat(names)
     require(names, frame.columns)
     return frame.select(*(column.alias(name) for name, column in zip(names, as_columns(frame, names), strict=True)))
 
@@ -66,7 +62,7 @@ def as_columns(frame: DataFrame, names: Sequence[str]) -> list[Column]:
 
 
 def read_columns(
-    frame: DataFrame, inputs: Sequence[str], label: str | None, floating: torch.dtype,
+    frame: DataFrame, inputs: Sequence[Name], label: str | None, floating: torch.dtype,
     decoders: Mapping[str, Decoder] | None = None, label_dtype: torch.dtype | None = None,
 ) -> Columns:  # fmt: skip
     """The Columns of a frame that came out of select(); every fault that the schema shows is an error here."""
@@ -139,6 +135,16 @@ def collect(frame: DataFrame) -> pa.Table:
     return pa.Table.from_batches(batches, schema) if batches else schema.empty_table()
 
 
+def stream(frame: DataFrame) -> Iterator[Any]:
+    """All rows, one job for each partition, so that neither the driver's JVM nor this process holds them all.
+
+    Not frame.toLocalIterator(): in Spark 4.3 the JVM keeps all that it has handed over until the end.
+    """
+    rdd = frame.rdd
+    for partition in range(rdd.getNumPartitions()):
+        yield from rdd.context.runJob(rdd, iter, [partition])
+
+
 def _interrupted(error: BaseException | None) -> bool:
     """Whether Ctrl-C lies behind an error: pyspark's cleaning-up may raise "job cancelled" over the KeyboardInterrupt."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
@@ -166,6 +172,50 @@ def exchange(
     combined = RDD(owned, sc, NoOpSerializer()).mapPartitionsWithIndex(combiner)
     combined._bypass_serializer = True
     return RDD(combined._jrdd, sc, NoOpSerializer()).collect()
+
+
+_NOTE = "bigdl_lite.note"
+_ENCRYPTION = (
+    "spark.io.encryption.enabled", "spark.network.crypto.enabled", "spark.authenticate.enableSaslEncryption", "spark.ssl.rpc.enabled",
+)  # fmt: skip
+
+
+def repeated(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]]) -> Callable[[str], list[bytes]]:
+    """A job of one stage that is run again and again: run(note) brings what task(partition, rows) makes to the driver.
+
+    The task is made and sent to Spark once. What changes is the note, which a task reads with note_of_job().
+    """
+    sc = rdd.context
+    made = rdd.mapPartitionsWithIndex(task, preservesPartitioning=True)
+    made._bypass_serializer = True
+    back = RDD(made._jrdd, sc, NoOpSerializer())
+
+    def run(note: str) -> list[bytes]:
+        sc.setLocalProperty(_NOTE, note)
+        try:
+            return back.collect()
+        finally:
+            sc.setLocalProperty(_NOTE, None)
+
+    return run
+
+
+def note_of_job() -> str:
+    """Inside a task: the note of its job."""
+    context = TaskContext.get()
+    assert context is not None
+    return context.getLocalProperty(_NOTE) or ""
+
+
+def on_this_machine(sc: SparkContext) -> bool:
+    """Whether all tasks run beside the driver (local[...]), so that they see the memory of this process."""
+    return sc.master.split("[")[0] == "local"
+
+
+def encrypts(sc: SparkContext) -> bool:
+    """Whether the user asked Spark to encrypt what it moves or writes."""
+    conf = sc.getConf()
+    return any(conf.get(name, "false").lower() == "true" for name in _ENCRYPTION)
 
 
 def _packed(mapper: Callable[[int, Iterable[Any]], Keyed]) -> Callable[[int, Iterable[Any]], Iterator[bytes]]:
@@ -200,30 +250,6 @@ def jobs(sc: SparkContext, description: str) -> Iterator[str]:
         with contextlib.suppress(Exception):
             sc.removeJobTag(tag)
             sc.setJobDescription(before)
-
-
-@dataclass
-class Shipped:
-    """A Start on its way to the executors: sent to each of them once, as safetensors."""
-
-    broadcast: Any
-    key: str  # unique to this value, for caches on executors
-    application: str
-
-    @staticmethod
-    def send(sc: SparkContext, start: Start) -> Shipped:
-        tensors = {f"constant.{name}": x.contiguous() for name, x in start.constants.items()}
-        data = save_tensors({"weights": start.weights, "buffers": start.buffers, **tensors})
-        return Shipped(sc.broadcast(data), uuid.uuid4().hex, sc.applicationId)
-
-    def read(self) -> Start:
-        found = load_tensors(self.broadcast.value)
-        constants = {name.removeprefix("constant."): x for name, x in found.items() if name.startswith("constant.")}
-        return Start(found["weights"], found["buffers"], constants)
-
-    def drop(self) -> None:
-        with contextlib.suppress(Exception):  # nothing to free after the session has ended
-            self.broadcast.destroy()
 
 
 def partition_id() -> int:

@@ -8,23 +8,26 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import OrderedDict
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from bigdl_lite.algorithms import Side, Update
 from bigdl_lite.batch import Batch, mix, order
+from bigdl_lite.comm.window import Look, Window, look
 from bigdl_lite.data.arrow import shapes, share
 from bigdl_lite.data.store import load, save
 from bigdl_lite.engine.pack import foreign, unpack
 from bigdl_lite.engine.recipe import Recipe
-from bigdl_lite.engine.spark import Shipped, partition_id
+from bigdl_lite.engine.shipped import Shipped
+from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
 from bigdl_lite.engine.worker import local_dir, settle
 from bigdl_lite.errors import DataError, report, revive
 from bigdl_lite.model.replica import Replica
@@ -42,12 +45,12 @@ class Order:
     """What a map task needs to know of one round."""
 
     run: str
-    round: int
-    epoch: int
-    first: tuple[int, ...]  # rows of each share that this epoch has dealt already
-    quota: tuple[int, ...]  # rows that each share gives now
     counts: tuple[int, ...]
     cuts: tuple[Cut, ...]
+    round: int = -1
+    epoch: int = -1
+    first: tuple[int, ...] = ()  # rows of each share that this epoch has dealt already
+    quota: tuple[int, ...] = ()  # rows that each share gives now
 
     @property
     def senders(self) -> list[int]:
@@ -62,26 +65,47 @@ class Order:
             for at in range(start, stop, _PIECE)
         ]
 
+    def dumps(self) -> str:
+        """The part that changes from round to round."""
+        return json.dumps([self.round, self.epoch, self.first, self.quota])
 
-_CACHE: OrderedDict[tuple[str, object], Any] = OrderedDict()  # what can be rebuilt: shares and replicas of the last runs
-_CACHED = 32
+    def loads(self, text: str) -> Order:
+        round_, epoch, first, quota = json.loads(text)
+        return Order(self.run, self.counts, self.cuts, round_, epoch, tuple(first), tuple(quota))
 
 
-def _cached(key: tuple[str, object], make: Callable[[], Any]) -> Any:
-    if key not in _CACHE:
+# ---- what can be rebuilt ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Kept:
+    """What this process keeps of one run: its share, replica, windows."""
+
+    used: float = 0.0
+    values: dict[object, Any] = field(default_factory=dict)
+
+
+_CACHE: dict[str, _Kept] = {}
+_IDLE = 60.0  # seconds after which a run that this process has not served is forgotten
+
+
+def _cached(run: str, key: object, make: Callable[[], Any]) -> Any:
+    now = time.monotonic()
+    for other in [name for name, kept in _CACHE.items() if name != run and now - kept.used > _IDLE]:
+        del _CACHE[other]
+    kept = _CACHE.setdefault(run, _Kept())
+    kept.used = now
+    if key not in kept.values:
         made = make()
         if made is None:
             return None
-        _CACHE[key] = made
-        while len(_CACHE) > _CACHED:
-            _CACHE.popitem(last=False)
-    _CACHE.move_to_end(key)
-    return _CACHE[key]
+        kept.values[key] = made
+    return kept.values[key]
 
 
 def _static(broadcast: Any, run: str) -> tuple[Recipe, Codec]:
     try:
-        return _cached((run, "recipe"), lambda: unpack(broadcast.value))  # once in a process, not once a task
+        return _cached(run, "recipe", lambda: unpack(broadcast.value))  # once in a process, not once a task
     except Exception as error:
         raise revive(foreign(error)) from error
 
@@ -90,11 +114,22 @@ def _folder(run: str) -> Path:
     return Path(local_dir()) / f"bigdl_lite-{run}"
 
 
-def decoder_of(static: Any, run: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+# ---- shares -----------------------------------------------------------------------------------------------------------
+
+TOKEN = "partition int, rows long, shapes string, error string, sees boolean"
+_TOKEN = pa.schema([
+    ("partition", pa.int32()), ("rows", pa.int64()), ("shapes", pa.string()), ("error", pa.string()), ("sees", pa.bool_()),
+])  # fmt: skip
+
+
+def decoder_of(static: Any, run: str, address: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Puts the decoded share on this executor's disk. sees: whether the driver's memory at `address` can be seen here."""
+
     def main(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         settle()
         partition = partition_id()
-        told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None}
+        sees = bool(address) and look(address) is not None
+        told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None, "sees": sees}
         try:
             found = share(batches, _static(static, run)[0].columns, partition)
             if found is not None:
@@ -102,95 +137,76 @@ def decoder_of(static: Any, run: str) -> Callable[[Iterator[pa.RecordBatch]], It
                 told |= {"rows": found.rows, "shapes": json.dumps(shapes(found))}
         except Exception as error:
             told["error"] = json.dumps(report(error, f"partition {partition}"))
-        types = pa.schema([("partition", pa.int32()), ("rows", pa.int64()), ("shapes", pa.string()), ("error", pa.string())])
-        yield pa.RecordBatch.from_pylist([told], schema=types)
+        yield pa.RecordBatch.from_pylist([told], schema=_TOKEN)
 
     return main
 
 
-def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable[[int, Iterable[Any]], Iterator[tuple[int, bytes]]]:
-    def task(rank: int, tokens: Iterable[Any]) -> Iterator[tuple[int, bytes]]:
-        settle()
-        list(tokens)  # a worker that leaves input unread is not reused
-        try:
-            yield from _local(rank, _static(static, now.run), shipped, state.value, now)
-        except Exception as error:
-            yield 0, wire.note(wire.ERROR, rank, now.round, report(error, f"worker {rank} (partition {rank})")).dumps()
+def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
+    def task(tokens: Iterable[Any]) -> None:
+        list(tokens)
+        _CACHE.pop(run, None)
+        shutil.rmtree(_folder(run), ignore_errors=True)
 
     return task
 
 
-def _local(
-    rank: int, static: tuple[Recipe, Codec], shipped: Shipped, state: tuple[bytes, bytes], now: Order
-) -> Iterator[tuple[int, bytes]]:
-    recipe, codec = static
-    began = time.perf_counter()
-    replica = _cached((recipe.run, "replica"), lambda: _replica(recipe, shipped))
-    buffers = torch.frombuffer(bytearray(state[1]), dtype=torch.float64) if state[1] else replica.buffers
-    quota = now.quota[rank]
-    if not quota:
-        yield 0, _side_frame(Side(rank, 0, 0.0, 0.0, 0.0, 0.0, buffers), now.round)
-        return
-    rows = _cached((recipe.run, rank), lambda: load(_folder(recipe.run), str(rank)))
+# ---- the local work ---------------------------------------------------------------------------------------------------
+
+
+def _rows(rank: int, recipe: Recipe, now: Order) -> Batch | None:
+    """This rank's rows of the round; None where its share is not on this executor."""
+    rows = _cached(now.run, rank, lambda: load(_folder(now.run), str(rank)))
     if rows is None:
-        yield 0, wire.note(wire.MISS, rank, now.round, None).dumps()
-        return
+        return None
     if rows.rows != now.counts[rank]:
         raise DataError(
             f"partition {rank} had {now.counts[rank]} rows when training began and {rows.rows} when it was computed again; "
             "make the DataFrame deterministic (no unseeded rand or limit), or cache it"
         )
-    deal = _cached((recipe.run, ("order", now.epoch, rank)), lambda: order(rows.rows, recipe.seed, now.epoch, rank))
-    batch: Batch = rows.take(deal[now.first[rank] : now.first[rank] + quota])
-    replica.weights.view(torch.uint8).numpy()[:] = np.frombuffer(state[0], np.uint8)
-    replica.buffers = buffers
-    ready = time.perf_counter()
-    update, loss = recipe.round.local(replica, [batch], mix(recipe.seed, 2, now.round, rank))
-    done = time.perf_counter()
-    for i, (owner, (start, stop)) in enumerate(now.pieces):
-        payload = codec.encode(update.vector[start:stop])
-        yield owner, wire.Frame(wire.PIECE, rank, i, now.round, update.weight, stop - start, payload, codec.tag).dumps()
-    side = Side(rank, quota, update.weight, loss, done - ready, ready - began, replica.buffers)
-    yield 0, _side_frame(side, now.round)
+    dealt = _cached(now.run, ("deal", rank), dict)  # of one epoch, by its number
+    if now.epoch not in dealt:
+        dealt.clear()
+        dealt[now.epoch] = order(rows.rows, recipe.seed, now.epoch, rank)
+    return rows.take(dealt[now.epoch][now.first[rank] : now.first[rank] + now.quota[rank]])
 
 
 def _replica(recipe: Recipe, shipped: Shipped) -> Replica:
     found = recipe.blueprint.layout
     weights = torch.empty(found.n, dtype=found.dtype)
-    return Replica(recipe.blueprint, weights, torch.zeros_like(weights), shipped.read().constants, recipe.loss)
+    return Replica(recipe.blueprint, weights, None, shipped.read().constants, recipe.loss)
 
 
-def combiner_of(static: Any, now: Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:
-    def task(owner: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        settle()
-        recipe, codec = _static(static, now.run)
-        waiting: dict[int, dict[int, wire.Frame]] = {}
-        for data in pieces:
-            frame = wire.loads(data)
-            if frame.kind != wire.PIECE:
-                yield data  # a side, an error, or a missing share: the driver's business
-                continue
-            parts = waiting.setdefault(frame.slice, {})
-            parts[frame.rank] = frame
-            if len(parts) < len(now.senders):
-                continue
-            total = recipe.round.combine([_decode(parts[rank], codec) for rank in now.senders])
-            del waiting[frame.slice]
-            payload = Raw(total.vector.dtype).encode(total.vector)
-            yield wire.Frame(wire.COMBINED, owner, frame.slice, now.round, total.weight, len(total.vector), payload).dumps()
+def _work(
+    rank: int, recipe: Recipe, replica: Replica, state: Callable[[], tuple[Tensor, Tensor]], gradient: Callable[[], Tensor],
+    now: Order,
+) -> tuple[Update | None, wire.Frame]:  # fmt: skip
+    """The update of one rank, and its side; or no update, where there are no rows to work on.
 
-    return task
+    state     the weights [n] and buffers [m] of the round, copied from
+    gradient  the vector [n] that the backward pass writes into
+    """
+    began = time.perf_counter()
+    if not now.quota[rank]:
+        return None, _side(Side(rank, 0, 0.0, 0.0, 0.0, 0.0, state()[1]), now.round)
+    batch = _rows(rank, recipe, now)
+    if batch is None:
+        return None, wire.note(wire.MISS, rank, now.round, None)
+    weights, buffers = state()
+    replica.weights.copy_(weights)
+    replica.buffers = buffers
+    replica.write_to(gradient())
+    ready = time.perf_counter()
+    update, loss = recipe.round.local(replica, [batch], mix(recipe.seed, 2, now.round, rank))
+    done = time.perf_counter()
+    side = Side(rank, now.quota[rank], update.weight, loss, done - ready, ready - began, replica.buffers)
+    return update, _side(side, now.round)
 
 
-def _decode(frame: wire.Frame, codec: Codec) -> Update:
-    # a copy: the first vector is summed into, and bytes must not be written to
-    return Update(codec.decode(bytearray(frame.payload), frame.values), frame.weight)
-
-
-def _side_frame(side: Side, round: int) -> bytes:
+def _side(side: Side, round: int) -> wire.Frame:
     numbers = np.array([side.rows, side.weight, side.loss, side.compute_s, side.data_s], dtype="<f8")
     payload = numbers.tobytes() + side.buffers.numpy().astype("<f8").tobytes()
-    return wire.Frame(wire.SIDE, side.rank, 0, round, float(side.rows), len(payload) // 8, payload).dumps()
+    return wire.Frame(wire.SIDE, side.rank, 0, round, float(side.rows), len(payload) // 8, payload)
 
 
 def side_of(frame: wire.Frame) -> Side:
@@ -199,11 +215,132 @@ def side_of(frame: wire.Frame) -> Side:
     return Side(frame.rank, int(rows), weight, loss, compute_s, data_s, numbers[5:])
 
 
-def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
-    def task(tokens: Iterable[Any]) -> None:
-        list(tokens)
-        for key in [key for key in _CACHE if key[0] == run]:
-            del _CACHE[key]
-        shutil.rmtree(_folder(run), ignore_errors=True)
+def _told(error: Exception, rank: int, now: Order) -> wire.Frame:
+    return wire.note(wire.ERROR, rank, now.round, report(error, f"worker {rank} (partition {rank})"))
+
+
+# ---- the route through memory -----------------------------------------------------------------------------------------
+
+
+def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Callable[[int, Iterable[Any]], Iterator[bytes]]:
+    """One round, the driver's weights read and the gradient written where both can see them; what travels is small.
+
+    The task is the same in every round, so Spark gets it once; the order of the round is a note beside the job.
+    """
+
+    def task(rank: int, tokens: Iterable[Any]) -> Iterator[bytes]:
+        settle()
+        list(tokens)  # a worker that leaves input unread is not reused
+        now = base.loads(note_of_job())
+        try:
+            for frame in _by_memory(rank, _static(static, now.run)[0], shipped, address, now):
+                yield frame.dumps()
+        except Exception as error:
+            yield _told(error, rank, now).dumps()
 
     return task
+
+
+def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: Order) -> Iterator[wire.Frame]:
+    source: Look | None = _cached(now.run, "source", lambda: look(address))
+    if source is None:
+        yield wire.note(wire.BLIND, rank, now.round, "the driver's memory cannot be seen")
+        return
+    found = recipe.blueprint.layout
+    replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
+    try:
+        window: Window = _cached(now.run, ("window", rank), lambda: Window(found.n * found.dtype.itemsize))
+    except (OSError, MemoryError) as error:
+        yield wire.note(wire.BLIND, rank, now.round, f"no memory for {found.n * found.dtype.itemsize} bytes of updates: {error}")
+        return
+    window.stamp(-1)
+    target = window.values(found.dtype, found.n)
+    update, side = _work(rank, recipe, replica, lambda: state_in(source, found.n, found.m, found.dtype), lambda: target, now)
+    yield side
+    if update is not None:
+        if update.vector.data_ptr() != target.data_ptr():
+            target.copy_(update.vector)
+        window.stamp(now.round)
+        placed = {"address": window.address, "weight": update.weight}
+        yield wire.note(wire.PLACED, rank, now.round, placed)
+
+
+def state_in(memory: Window | Look, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [n] and buffers [m] float64 on the driver's memory."""
+    return memory.values(dtype, n), memory.values(torch.float64, m, -(-n * dtype.itemsize // 8) * 8)
+
+
+def state_nbytes(n: int, m: int, dtype: torch.dtype) -> int:
+    return -(-n * dtype.itemsize // 8) * 8 + 8 * m
+
+
+# ---- the route through Spark's shuffle --------------------------------------------------------------------------------
+
+
+def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable[[int, Iterable[Any]], Keyed]:
+    def task(rank: int, tokens: Iterable[Any]) -> Keyed:
+        settle()
+        list(tokens)
+        try:
+            yield from _by_value(rank, _static(static, now.run), shipped, state, now)
+        except Exception as error:
+            yield 0, _told(error, rank, now).dumps()
+
+    return task
+
+
+def _by_value(rank: int, static: tuple[Recipe, Codec], shipped: Shipped, state: Any, now: Order) -> Keyed:
+    recipe, codec = static
+    found = recipe.blueprint.layout
+    replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
+    gradient = lambda: _cached(now.run, "gradient", lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
+
+    def received() -> tuple[Tensor, Tensor]:
+        weights, buffers = state.value
+        return _tensor(weights, found.dtype), _tensor(buffers, torch.float64)
+
+    update, side = _work(rank, recipe, replica, received, gradient, now)
+    yield 0, side.dumps()
+    if update is not None:
+        for i, (owner, (start, stop)) in enumerate(now.pieces):
+            payload = codec.encode(update.vector[start:stop])
+            yield owner, wire.Frame(wire.PIECE, rank, i, now.round, update.weight, stop - start, payload, codec.tag).dumps()
+
+
+def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
+    """On the bytes themselves; only to be copied from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that they must not be written to
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def combiner_of(static: Any, now: Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:
+    def task(owner: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        settle()
+        recipe, codec = _static(static, now.run)
+        yield from combined(owner, pieces, recipe, codec, now)
+
+    return task
+
+
+def combined(owner: int, pieces: Iterable[bytes], recipe: Recipe, codec: Codec, now: Order) -> Iterator[bytes]:
+    """Every piece of an owner as soon as all parts of it are there; sides, errors and missing shares as they are."""
+    waiting: dict[int, dict[int, wire.Frame]] = {}
+    for data in pieces:
+        frame = wire.loads(data)
+        if frame.kind != wire.PIECE:
+            yield data  # the driver's business
+            continue
+        parts = waiting.setdefault(frame.slice, {})
+        parts[frame.rank] = frame
+        if len(parts) < len(now.senders):
+            continue
+        total = recipe.round.combine([_decode(parts[rank], codec) for rank in now.senders])
+        del waiting[frame.slice]
+        payload = Raw(total.vector.dtype).encode(total.vector)
+        yield wire.Frame(wire.COMBINED, owner, frame.slice, now.round, total.weight, len(total.vector), payload).dumps()
+
+
+def _decode(frame: wire.Frame, codec: Codec) -> Update:
+    # a copy: the first vector is summed into, and bytes must not be written to
+    return Update(codec.decode(bytearray(frame.payload), frame.values), frame.weight)

@@ -48,7 +48,7 @@ def squeeze(output: Any, target: Tensor | None) -> Any:
 class Replica:
     """weights [n] and gradient [n] are shared with the caller; `module` lives on their device and is in training mode.
 
-    gradient is None where nothing will be computed (on a driver that only advances the weights).
+    gradient is None where nothing will be computed (on a driver that only advances the weights), or until write_to.
     """
 
     def __init__(
@@ -72,6 +72,13 @@ class Replica:
     @buffers.setter
     def buffers(self, values: Tensor) -> None:
         write_buffers(self.module, self.layout, values)
+
+    def write_to(self, gradient: Tensor) -> None:
+        """From now on the backward pass writes into `gradient` [n]."""
+        if self.gradient is None or self.gradient.data_ptr() != gradient.data_ptr():
+            for p, span in zip(self.parameters, self.layout.parameters, strict=True):
+                p.grad = span.view(gradient)
+        self.gradient = gradient
 
     def backward(self, batch: Batch, seed: int) -> float:
         """Fills `gradient` with the gradient summed over the rows of `batch`; returns the loss summed over them.
