@@ -32,7 +32,7 @@ def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -
         if not batch.num_rows:
             continue
         for found, column in zip(parts, columns.all, strict=True):
-            values = column_of(batch, column, partition, seen)
+            values = tensor(batch.column(column.name), column, partition, seen)
             if found and values.shape[1:] != found[0].shape[1:]:
                 raise DataError(
                     f"column {column.name!r} holds rows of shape {list(found[0].shape[1:])} and "
@@ -56,7 +56,6 @@ def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -
 
 
 Shapes = list[list[int]]
-_BLOCK = 256  # rows
 
 
 def shapes(share: Batch | None) -> Shapes | None:
@@ -89,29 +88,6 @@ def nothing(columns: Columns, agreed: Shapes) -> Batch:
     return Batch(tuple(made[:k]), made[k] if columns.label else None)
 
 
-def column_of(batch: pa.RecordBatch, column: Column, partition: int, first_row: int = 0) -> Tensor:
-    """A column of one record batch, or several columns of numbers side by side, as a tensor [B, ...] of column.dtype."""
-    if not column.members:
-        return tensor(batch.column(column.name), column, partition, first_row)
-    return side_by_side([batch.column(name) for name in column.members], column, partition, first_row)
-
-
-def side_by_side(arrays: Sequence[pa.Array], column: Column, partition: int, first_row: int = 0) -> Tensor:
-    """k arrays of numbers as the columns of one tensor [B, k] of column.dtype.  Cost: each value is copied once."""
-    parts = [_numbers(x, column, "") if not x.null_count else None for x in arrays]
-    rows = len(arrays[0])
-    made = torch.empty(rows, len(arrays), dtype=column.dtype)
-    if all(part is not None and part.dtype == column.dtype for part in parts):
-        # a block of rows of all columns fits in the cache, so that every line of `made` is written once
-        for at in range(0, rows, _BLOCK):
-            torch.stack([part[at : at + _BLOCK] for part in parts], 1, out=made[at : at + _BLOCK])
-        if not column.finite or not made.is_floating_point() or bool(torch.isfinite(made).all()):
-            return made
-    for j, (name, array) in enumerate(zip(column.members, arrays, strict=True)):  # other dtypes; or an error that names its column
-        made[:, j] = tensor(array, Column(name, column.dtype, finite=column.finite), partition, first_row)
-    return made
-
-
 def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) -> Tensor:
     """One column of one record batch as a tensor [B, ...] of column.dtype."""
     where = f"partition {partition}"
@@ -131,7 +107,8 @@ def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) 
         bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
         row = first_row + int(bad.nonzero()[0, 0])
         raise DataError(
-            f"column {column.name!r} has NaN or infinity in {int(bad.sum())} row(s), the first in row {row} of {where}; "
+            f"column {_member(column, ~torch.isfinite(values))!r} has NaN or infinity in {int(bad.sum())} row(s), the first in "
+            f"row {row} of {where}; "
             "filter or impute them first"
         )
     if column.dtype == torch.int64 and values.is_floating_point():
@@ -151,6 +128,11 @@ def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) 
     return made
 
 
+def _member(column: Column, bad: Tensor) -> str:
+    """The name of the first column that has a bad value, where several stand side by side; bad [B, ...] bool."""
+    return column.members[int(bad.any(0).nonzero()[0, 0])] if column.members else column.name
+
+
 def _numbers(array: pa.Array, column: Column, where: str) -> Tensor:
     shape = [len(array)]
     while isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
@@ -158,7 +140,9 @@ def _numbers(array: pa.Array, column: Column, where: str) -> Tensor:
         shape.append(width)
         array = array.flatten()  # honours the array's own offset
         if array.null_count:
-            raise DataError(f"column {column.name!r} has {array.null_count} null(s) inside its arrays ({where}); fill them first")
+            name = _member(column, torch.from_numpy(array.is_null().to_numpy(zero_copy_only=False)).view(shape))
+            inside = "" if column.members else " inside its arrays"
+            raise DataError(f"column {name!r} has {array.null_count} null(s){inside} ({where}); fill them first")
     if pa.types.is_boolean(array.type):
         array = array.cast(pa.uint8())
     values = torch.from_dlpack(array) if len(array) else torch.empty(0)  # no copy, and no warning of read-only memory

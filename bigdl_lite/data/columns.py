@@ -53,15 +53,16 @@ def flat(names: Sequence[Name]) -> list[str]:
     return list(dict.fromkeys(one for name in names for one in ([name] if isinstance(name, str) else name)))
 
 
-def _title(name: Name) -> str:
-    return name if isinstance(name, str) else f"{name[0]} .. {name[-1]}"
+def title(name: Name) -> str:
+    """What an input is called in messages, and in the frame that workers see."""
+    return name if isinstance(name, str) else f"{name[0]} to {name[-1]}"
 
 
 @dataclass(frozen=True)
 class Column:
     """One column and the dtype of its tensor. depth counts list levels; decoder is set for binary columns only.
 
-    members names the columns of numbers that make up this one, side by side; empty for a column that stands for itself.
+    members names the columns of numbers that the JVM has put side by side in this one; empty for one that stands for itself.
     """
 
     name: str
@@ -72,12 +73,12 @@ class Column:
     members: tuple[str, ...] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The columns of the DataFrame that this one reads."""
-        return self.members or (self.name,)
+    def source(self) -> Name:
+        """The column, or the columns, of the user's DataFrame that this one reads."""
+        return self.members or self.name
 
     def renamed(self, name: Name) -> Column:
-        return replace(self, name=_title(name), members=() if isinstance(name, str) else tuple(name))
+        return replace(self, name=title(name), members=() if isinstance(name, str) else tuple(name))
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ def describe(
     if unknown:
         raise RecipeError(f"decoders name {unknown}, which are neither input nor label columns")
     made = [
-        _column(schema, name, floating, decoders.get(name)) if isinstance(name, str) else _group(schema, name, floating)
+        _column(schema, name, floating, decoders.get(name))
+        if isinstance(name, str)
+        else replace(_column(schema, title(name), floating, None), members=tuple(name))
         for name in inputs
     ]
     target = None
@@ -134,17 +137,6 @@ def require(names: Sequence[str], present: Sequence[str]) -> None:
     missing = [name for name in names if name not in present]
     if missing:
         raise DataError(f"no column {missing[0]!r}; the DataFrame has {', '.join(map(repr, present)) or 'none'}")
-
-
-def _group(schema: pa.Schema, names: Sequence[str], floating: torch.dtype) -> Column:
-    if not names:
-        raise RecipeError("inputCols holds an empty list: name at least one column in it")
-    parts = [_column(schema, name, floating, None) for name in names]
-    for part in parts:
-        if part.depth:
-            raise DataError(f"column {part.name!r} holds arrays; columns that are named together must each hold one number a row")
-    whole = all(part.dtype == torch.int64 for part in parts)
-    return Column(_title(names), torch.int64 if whole else floating, 1, members=tuple(names))
 
 
 def _column(schema: pa.Schema, name: str, floating: torch.dtype, decoder: Decoder | None) -> Column:

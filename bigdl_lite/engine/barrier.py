@@ -39,7 +39,7 @@ from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shipped import Shipped, mappable
 from bigdl_lite.engine.spark import collect, gpu, jobs, slots, stream
-from bigdl_lite.engine.worker import local_dir, settle
+from bigdl_lite.engine.worker import give_memory, keep_memory, local_dir, settle
 from bigdl_lite.errors import DataError, MeetingTimeout, PeerLost, RecipeError, report, revive
 
 _SCHEMA = "kind string, rank int, part int, payload binary"
@@ -165,7 +165,9 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             meeting = hall.enter(everyone)
             speaker = Speaker(way.live if rank == 0 else None)
             start = way.shipped.read(meeting.block.weights if meeting.place.local == 0 else None)
+            keep_memory()
             outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker)
+            give_memory()
             speaker.close()
         except Exception as error:
             if meeting is not None:
@@ -177,6 +179,7 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             yield from _result(outcome, way.result)
         meeting.close()
     finally:
+        give_memory()
         hall.leave()
 
 

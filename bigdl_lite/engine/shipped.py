@@ -29,6 +29,7 @@ from bigdl_lite.errors import PeerLost
 
 _PIECE = 1 << 26
 _ALIGN = 64
+_SMALL = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ class Shipped:
     def _tensor(self, place: _Place, source: Look | None, into: Tensor | None) -> Tensor:
         if source is not None:
             seen = source.values(place.dtype, math.prod(place.shape), place.start).view(place.shape)
-            return seen if into is None else into.copy_(seen)
+            if into is not None:
+                return into.copy_(seen)
+            return seen if place.nbytes > _SMALL else seen.clone()  # what is kept keeps all of the memory mapped
         made = torch.empty(place.shape, dtype=place.dtype) if into is None else into
         flat, at, width = made.view(-1), 0, place.dtype.itemsize
         while at < len(flat):  # borders of pieces are multiples of every width, and so are starts

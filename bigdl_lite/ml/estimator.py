@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, Torc
 from bigdl_lite.data.columns import Columns, Decoder
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Recipe, Start
-from bigdl_lite.engine.spark import arrange, read_columns, select
+from bigdl_lite.engine.spark import ROW, arrange, read_columns, select
 from bigdl_lite.errors import BigDLError, RecipeError, UserError, report
 from bigdl_lite.ml.engines import choose
 from bigdl_lite.ml.head import Head, classifier_kind
@@ -107,7 +108,8 @@ class TorchEstimator(Estimator, HasTraining):
         inputs, label, decoders = self.getInputCols(), self.getLabelCol(), self.getDecoders()
         if isinstance(dataset, RDD):
             dataset, inputs, label, decoders = from_rdd(dataset)
-        columns = _columns(dataset, inputs, label, plan.layout.dtype, decoders, loss)
+        chosen = select(dataset, [*inputs, label])
+        columns = _columns(chosen, inputs, label, plan.layout.dtype, decoders, loss)
         advance = TorchOptimizer(
             given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue")
         )
@@ -116,8 +118,8 @@ class TorchEstimator(Estimator, HasTraining):
         loss = self._loss(loss)
         check(module=plan, loss=loss, optimizer=advance, decoders=decoders)
         engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession)
-        frame = arrange(select(dataset, [*inputs, label]), p)
-        columns = _columns(frame, inputs, label, plan.layout.dtype, decoders, loss)
+        frame = arrange(chosen, p)
+        columns = replace(columns, row=ROW if ROW in frame.columns else None)
         recipe = Recipe(
             plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),
             given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}",
@@ -151,11 +153,10 @@ class TorchEstimator(Estimator, HasTraining):
 
 
 def _columns(frame: DataFrame, inputs: list[str | list[str]], label: str, dtype: torch.dtype, decoders: Any, loss: Any) -> Columns:
-    chosen = select(frame, [*inputs, label]) if "__bigdl_lite_row" not in frame.columns else frame
-    columns = read_columns(chosen, inputs, label, dtype, decoders)
+    columns = read_columns(frame, inputs, label, dtype, decoders)
     classes = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and columns.label.depth == 0
     # ml pipelines keep class indices in columns of doubles
-    return read_columns(chosen, inputs, label, dtype, decoders, torch.int64) if classes else columns
+    return read_columns(frame, inputs, label, dtype, decoders, torch.int64) if classes else columns
 
 
 def _make(maker: Any, seed: int) -> nn.Module:

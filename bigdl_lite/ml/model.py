@@ -84,7 +84,7 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         if self._head is None:
             raise RecipeError("transform needs a module that returns one tensor; score with model.module instead")
         assert self._plan and self._columns
-        names = self.getInputCols() if self.isDefined(self.inputCols) else [c.members or c.name for c in self._columns.inputs]
+        names = self.getInputCols() if self.isDefined(self.inputCols) else [c.source for c in self._columns.inputs]
         if len(names) != len(self._columns.inputs):
             raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols names {len(names)}")
         inputs = tuple(c.renamed(name) for c, name in zip(self._columns.inputs, names, strict=True))

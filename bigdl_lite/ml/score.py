@@ -16,12 +16,12 @@ from pyspark.sql import functions as F
 from torch import Tensor, nn
 
 from bigdl_lite.batch import Batch
-from bigdl_lite.data.arrow import column_of
-from bigdl_lite.data.columns import Columns, flat
+from bigdl_lite.data.arrow import tensor
+from bigdl_lite.data.columns import Columns
 from bigdl_lite.engine.pack import pack, unpack
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import as_columns, partition_id, require
+from bigdl_lite.engine.spark import as_columns, partition_id
 from bigdl_lite.engine.worker import settle
 from bigdl_lite.ml.head import Head
 from bigdl_lite.model.layout import Blueprint, write_buffers
@@ -65,8 +65,7 @@ def predict(module: nn.Module, batch: Batch, size: int) -> Tensor:
 
 def score(frame: DataFrame, scorer: Scorer, shipped: Shipped) -> Column:
     """The column of scorer.head.sql_type for every row of `frame`."""
-    names = flat([column.names for column in scorer.columns.inputs])
-    require(names, frame.columns)
+    names = [column.source for column in scorer.columns.inputs]
     return _udf(_task(pack(scorer), shipped), scorer.head.sql_type, len(names))(*as_columns(frame, names))
 
 
@@ -78,21 +77,15 @@ def _task(packed: bytes, shipped: Shipped) -> Callable[[Iterator[tuple[pa.Array,
         settle()
         scorer, module = _load(packed, shipped)
         columns = scorer.columns.inputs
-        names = flat([column.names for column in columns])
         for batch in batches:
             arrays = batch if isinstance(batch, tuple) else (batch,)
             if len(arrays[0]):
-                table = pa.RecordBatch.from_arrays([_chunk(x) for x in arrays], names)
-                inputs = tuple(column_of(table, c, partition_id()) for c in columns)
+                inputs = tuple(tensor(a, c, partition_id()) for a, c in zip(arrays, columns, strict=True))
                 yield scorer.head.to_arrow(predict(module, Batch(inputs, None), scorer.batch_size))
             else:
                 yield scorer.head.to_arrow(torch.empty(0, *scorer.head.shape))
 
     return main
-
-
-def _chunk(array: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
 def _load(packed: bytes, shipped: Shipped) -> tuple[Scorer, nn.Module]:
