@@ -14,6 +14,7 @@ ml vectors have become lists of numbers before they come here. Everything else i
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,8 +55,10 @@ def flat(names: Sequence[Name]) -> list[str]:
 
 
 def title(name: Name) -> str:
-    """What an input is called in messages, and in the frame that workers see."""
-    return name if isinstance(name, str) else f"{name[0]} to {name[-1]}"
+    """What an input is called in messages, and in the frame that workers see: its own name, or one for this list alone."""
+    if isinstance(name, str) or not name:
+        return str(name)
+    return f"{name[0]} to {name[-1]} ({zlib.crc32(repr(list(name)).encode()):08x})"
 
 
 @dataclass(frozen=True)

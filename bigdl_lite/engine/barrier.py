@@ -30,7 +30,7 @@ from pyspark.sql import DataFrame
 from bigdl_lite.batch import Batch
 from bigdl_lite.comm.block import Block, create, home, join, private
 from bigdl_lite.comm.group import Group, Store
-from bigdl_lite.comm.window import Window, look
+from bigdl_lite.comm.window import Window, pour
 from bigdl_lite.data.arrow import agree, nothing, shapes, share
 from bigdl_lite.engine.live import Listener, Speaker
 from bigdl_lite.engine.meeting import Meeting, Place
@@ -39,7 +39,7 @@ from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shipped import Shipped, mappable
 from bigdl_lite.engine.spark import collect, gpu, jobs, slots, stream
-from bigdl_lite.engine.worker import give_memory, keep_memory, local_dir, settle
+from bigdl_lite.engine.worker import local_dir, settle
 from bigdl_lite.errors import DataError, MeetingTimeout, PeerLost, RecipeError, report, revive
 
 _SCHEMA = "kind string, rank int, part int, payload binary"
@@ -165,9 +165,7 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             meeting = hall.enter(everyone)
             speaker = Speaker(way.live if rank == 0 else None)
             start = way.shipped.read(meeting.block.weights if meeting.place.local == 0 else None)
-            keep_memory()
             outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker)
-            give_memory()
             speaker.close()
         except Exception as error:
             if meeting is not None:
@@ -179,7 +177,6 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             yield from _result(outcome, way.result)
         meeting.close()
     finally:
-        give_memory()
         hall.leave()
 
 
@@ -193,10 +190,8 @@ def _row(kind: str, rank: int, payload: bytes | memoryview, part: int = 0) -> pa
 def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
     weights = outcome.weights.detach()
     if address:
-        there = look(address)
-        if there is None:
+        if not pour(address, weights):
             raise PeerLost("the driver's memory cannot be seen from this worker; are they in one container?")
-        there.values(weights.dtype, len(weights)).copy_(weights)
     else:
         data = memoryview(weights.cpu().view(torch.uint8).numpy())
         for part, at in enumerate(range(0, len(data), _PART)):

@@ -143,6 +143,7 @@ class _Rounds:
                         self._round(route, order)
                     except Blind as why:
                         _LOG.warning("shuffle: from round %d on values travel through Spark, because %s", step, why)
+                        _check_size(self.sc, self.weights)
                         route.close()
                         route = ShuffleRoute(ground)
                         self._round(route, order)

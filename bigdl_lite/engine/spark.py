@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,10 +33,7 @@ from pyspark.sql.types import (
 from bigdl_lite.data.columns import Columns, Decoder, Name, describe, flat, require, title
 from bigdl_lite.errors import DataError, RecipeError
 
-ROW = "__bigdl_lite_row"
-
-# what Spark will not put into one stage with a barrier, or what hides how many partitions there will be
-_UNFIT = re.compile(r"UnionRDD|CoalescedRDD|PartitionPruningRDD|CartesianRDD|PartitionerAwareUnionRDD")
+ROW = "__bigdl_lite_row"  # the column of row numbers, where rows have to be put in order again
 
 
 def select(frame: DataFrame, names: Sequence[Name]) -> DataFrame:
@@ -106,28 +102,6 @@ def read_columns(
     except Exception as error:  # pyspark's own error for a type without an Arrow form
         raise DataError(f"a column cannot be read through Arrow: {error}") from error
     return describe(schema, inputs, label, floating, decoders, label_dtype, ROW if ROW in schema.names else None)
-
-
-def arrange(frame: DataFrame, p: int) -> DataFrame:
-    """The frame in exactly p partitions, the same rows in the same order in each however often it is computed.
-
-    A frame that already has p partitions is taken as it is. Any other goes through one shuffle, with a column ROW of row
-    numbers by which every share is put in order again, because a shuffle delivers blocks in any order.
-    """
-    if _partitions(frame) == p:
-        return frame
-    return frame.withColumn(ROW, F.monotonically_increasing_id()).repartition(p, ROW)
-
-
-def _partitions(frame: DataFrame) -> int | None:
-    """How many partitions the frame has, None where that is known only after running it."""
-    if not is_classic(frame):
-        return None
-    execution = frame._jdf.queryExecution()
-    if "Adaptive" in execution.executedPlan().getClass().getSimpleName():
-        return None
-    rdd = execution.toRdd()
-    return None if _UNFIT.search(rdd.toDebugString()) else rdd.getNumPartitions()
 
 
 def is_classic(frame: DataFrame) -> bool:

@@ -28,7 +28,7 @@ from bigdl_lite.engine.pack import foreign, unpack
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
-from bigdl_lite.engine.worker import give_memory, keep_memory, local_dir, settle
+from bigdl_lite.engine.worker import local_dir, settle
 from bigdl_lite.errors import DataError, report, revive
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.vector import Cut
@@ -146,7 +146,6 @@ def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
     def task(tokens: Iterable[Any]) -> None:
         list(tokens)
         _CACHE.pop(run, None)
-        give_memory()
         shutil.rmtree(_folder(run), ignore_errors=True)
 
     return task
@@ -173,7 +172,6 @@ def _rows(rank: int, recipe: Recipe, now: Order) -> Batch | None:
 
 
 def _replica(recipe: Recipe, shipped: Shipped) -> Replica:
-    keep_memory()
     found = recipe.blueprint.layout
     weights = torch.empty(found.n, dtype=found.dtype)
     return Replica(recipe.blueprint, weights, None, shipped.read().constants, recipe.loss)

@@ -9,16 +9,14 @@ that a user's own task could notice.
     (Spark < 4.3)
     a full garbage collection of a large heap          objects alive after the imports are frozen, once
     threads of N workers fighting for the cores        torch computes with one thread a task
-    freed memory goes back to the system, and comes    while training lasts, a worker keeps what it frees: 20 % of a
-    again page by page: 16,000 faults for 64 MB        backward pass with 25 M parameters
 
-What needs a setting of the application (Unix domain sockets, torch imported once before the fork) is in session.py.
+What needs a setting of the application (Unix domain sockets, torch imported once before the fork, large pages) is in
+session.py and daemon.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import zipimport
@@ -39,30 +37,6 @@ def settle() -> None:
     with contextlib.suppress(RuntimeError):  # set before by someone else, or parallel work has begun
         torch.set_num_interop_threads(1)
     gc.freeze()
-
-
-# glibc's mallopt: its names and its defaults
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
-
-
-def keep_memory() -> None:
-    """From now on freed memory stays with this process, to be taken again without a page fault."""
-    _mallopt({_TRIM_THRESHOLD: -1, _MMAP_MAX: 0})
-
-
-def give_memory() -> None:
-    """Ends keep_memory(), and gives what is free back to the system."""
-    _mallopt(_DEFAULTS)
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _mallopt(settings: dict[int, int]) -> None:
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        library = ctypes.CDLL(None)
-        for name, value in settings.items():
-            library.mallopt(name, value)
 
 
 def local_dir() -> str:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from bigdl_lite.algorithms import Round, method
 from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, TorchOptimizer
 from bigdl_lite.data.columns import Columns, Decoder
+from bigdl_lite.engine.arrange import arrange
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Recipe, Start
-from bigdl_lite.engine.spark import ROW, arrange, read_columns, select
+from bigdl_lite.engine.spark import ROW, read_columns, select
 from bigdl_lite.errors import BigDLError, RecipeError, UserError, report
 from bigdl_lite.ml.engines import choose
 from bigdl_lite.ml.head import Head, classifier_kind
@@ -108,8 +109,7 @@ class TorchEstimator(Estimator, HasTraining):
         inputs, label, decoders = self.getInputCols(), self.getLabelCol(), self.getDecoders()
         if isinstance(dataset, RDD):
             dataset, inputs, label, decoders = from_rdd(dataset)
-        chosen = select(dataset, [*inputs, label])
-        columns = _columns(chosen, inputs, label, plan.layout.dtype, decoders, loss)
+        columns = _columns(select(dataset, [*inputs, label]), inputs, label, plan.layout.dtype, decoders, loss)
         advance = TorchOptimizer(
             given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue")
         )
@@ -118,7 +118,7 @@ class TorchEstimator(Estimator, HasTraining):
         loss = self._loss(loss)
         check(module=plan, loss=loss, optimizer=advance, decoders=decoders)
         engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession)
-        frame = arrange(chosen, p)
+        frame = arrange(dataset, [*inputs, label], p)
         columns = replace(columns, row=ROW if ROW in frame.columns else None)
         recipe = Recipe(
             plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),

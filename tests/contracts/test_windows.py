@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bigdl_lite.comm.window import HEADER, Window, available, look
+from bigdl_lite.comm.window import HEADER, Window, available, look, pour
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +67,15 @@ def test_an_address_that_leads_elsewhere_shows_nothing(change: str) -> None:
     }[change]  # fmt: skip
     assert look(wrong) is None
     assert look(window.address) is not None  # the control
+
+
+def test_values_are_poured_through_an_address_and_nowhere_else() -> None:
+    window, stranger = Window(4 * 10), Window(4 * 10)
+    assert pour(window.address, torch.arange(10.0)) and window.values(torch.float32, 10).tolist() == list(range(10))
+    pid, file, _, nbytes = window.address.split("/")
+    assert not pour("/".join([pid, file, stranger.address.split("/")[2], nbytes]), torch.zeros(10))
+    assert not pour("/".join([pid, "99999", window.address.split("/")[2], nbytes]), torch.zeros(10))
+    assert window.values(torch.float32, 10).tolist() == list(range(10))
 
 
 def test_a_closed_window_is_shut_but_its_values_stay() -> None:

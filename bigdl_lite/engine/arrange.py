@@ -1,0 +1,129 @@
+"""A DataFrame in as many partitions as there are workers, the same rows in the same order in each, however often computed.
+
+    what the frame is                              how it is brought to p partitions
+    already in p                                   taken as it is
+    a selection from whole files (Parquet, ORC)    read in p parts, where files divide evenly
+    anything else                                  one shuffle, which writes all rows to local disks once more
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from bigdl_lite.data.columns import Name
+from bigdl_lite.engine.spark import ROW, is_classic, select
+
+_LOG = logging.getLogger("bigdl_lite")
+
+# what Spark will not put into one stage with a barrier, or what hides how many partitions there will be
+_UNFIT = re.compile(r"UnionRDD|CoalescedRDD|PartitionPruningRDD|CartesianRDD|PartitionerAwareUnionRDD")
+
+_FORMATS = {f"org.apache.spark.sql.execution.datasources.{x}" for x in ("parquet.ParquetFileFormat", "orc.OrcFileFormat")}
+_FILES = 256  # more are not asked for their sizes, one by one
+_UNEVEN = 1.25  # how many times its even part a worker may get
+
+
+def arrange(dataset: DataFrame, names: Sequence[Name], p: int) -> DataFrame:
+    """The named columns, as select() gives them, in exactly p partitions.
+
+    After a shuffle there is a column ROW of row numbers beside them, by which every share is put in order again, because a
+    shuffle delivers blocks in any order.
+    """
+    frame = select(dataset, names)
+    if _partitions(frame) == p:
+        return frame
+    again = reread(frame, p)
+    if again is not None:
+        return again
+    return frame.withColumn(ROW, F.monotonically_increasing_id()).repartition(p, ROW)
+
+
+def reread(frame: DataFrame, p: int) -> DataFrame | None:
+    """The same plan with whole files dealt to p partitions of about one size; None where that is not to be had.
+
+    How much Spark reads at a time is a setting of the session that a relation belongs to. So the relation is put into a
+    session of its own, in which nothing else is changed; the user's stays as it is.
+    """
+    if not is_classic(frame):
+        return None
+    try:
+        above, leaf = _chain(frame)
+        if leaf is None:
+            return None
+        total = int(leaf.relation().location().sizeInBytes())
+        for slack in (1.0, 1.1, _UNEVEN):
+            found = _planned(frame.sparkSession, above, leaf, max(1, int(slack * total / p) + 1))
+            if _partitions(found) == p:
+                return found if _even(found, total, p) else None
+    except Exception as error:  # Spark's inner classes may change: then it is the shuffle
+        _LOG.info("files are not read in %d parts: %s", p, error)
+    return None
+
+
+def _chain(frame: DataFrame) -> tuple[list[Any], Any]:
+    """The projections and filters of a plan, from the top, and the files that they read; None for anything else."""
+    node, above = frame._jdf.queryExecution().optimizedPlan(), []
+    while _kind(node) in ("Project", "Filter"):
+        if not node.deterministic() or not node.subqueries().isEmpty():
+            return [], None
+        above.append(node)
+        node = node.child()
+    if _kind(node) != "LogicalRelation" or _kind(node.relation()) != "HadoopFsRelation":
+        return [], None
+    # by its full name: what others derive from a format (Delta) knows of rows that have been deleted
+    return above, node if node.relation().fileFormat().getClass().getName() in _FORMATS else None
+
+
+def _planned(session: SparkSession, above: list[Any], leaf: Any, nbytes: int) -> DataFrame:
+    """The plan again, its files read `nbytes` at a time."""
+    other = session.newSession()
+    for name, value in (("maxPartitionBytes", nbytes), ("minPartitionNum", 1), ("openCostInBytes", 0)):
+        other.conf.set(f"spark.sql.files.{name}", str(value))
+    old = leaf.relation()
+    # Spark takes two relations that differ in their session only for one: an option that no format reads tells them apart
+    options = old.options().updated("bigdl_lite", other._jsparkSession.sessionUUID())
+    parts = (old.location(), old.partitionSchema(), old.dataSchema(), old.bucketSpec(), old.fileFormat(), options)
+    relation = old.copy(*parts, other._jsparkSession)
+    plan = leaf.copy(relation, *(leaf.productElement(i) for i in range(1, leaf.productArity())))
+    jvm = other._jvm
+    for step in reversed(above):
+        plan = step.withNewChildren(jvm.PythonUtils.toSeq([plan]))
+    sql = jvm.org.apache.spark.sql
+    datasets = sql.classic.Dataset if hasattr(sql.classic.Dataset, "ofRows") else sql.Dataset  # Spark 4, or 3.5
+    return DataFrame(datasets.ofRows(other._jsparkSession, plan), other)
+
+
+def _even(frame: DataFrame, total: int, p: int) -> bool:
+    """Whether no file is cut (rows come in groups that are not) and no partition is much larger than the others."""
+    count = 0
+    for partition in frame._jdf.queryExecution().toRdd().partitions():
+        nbytes = 0
+        for file in partition.files():
+            count += 1
+            if count > _FILES or int(file.start()) or int(file.length()) != int(file.fileSize()):
+                return False
+            nbytes += int(file.length())
+        if nbytes > _UNEVEN * total / p:
+            return False
+    return True
+
+
+def _kind(node: Any) -> str:
+    return node.getClass().getSimpleName()
+
+
+def _partitions(frame: DataFrame) -> int | None:
+    """How many partitions the frame has, None where that is known only after running it."""
+    if not is_classic(frame):
+        return None
+    execution = frame._jdf.queryExecution()
+    if "Adaptive" in execution.executedPlan().getClass().getSimpleName():
+        return None
+    rdd = execution.toRdd()
+    return None if _UNFIT.search(rdd.toDebugString()) else rdd.getNumPartitions()
