@@ -61,7 +61,7 @@ def steady(told: Told, warm: int) -> tuple[float, dict[str, float]]:
 
 def measure(context: Context, work: Workload) -> list[Row]:
     steps = 8 if context.quick else STEPS[work.name]
-    warm = min(WARM, steps // 2)
+    warm = min(WARM[work.name], steps // 2)
     spark = context.session()
     path = work.write(context.folder, rows=steps * work.batch)
     seconds: dict[str, list[float]] = {}
