@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from bigdl_lite.data.columns import Name
@@ -48,7 +48,7 @@ def reread(frame: DataFrame, p: int) -> DataFrame | None:
     """The same plan with whole files dealt to p partitions of about one size; None where that is not to be had.
 
     How much Spark reads at a time is a setting of the session that a relation belongs to. So the relation is put into a
-    session of its own, in which nothing else is changed; the user's stays as it is.
+    copy of the user's session, in which nothing else is changed; the user's stays as it is.
     """
     if not is_classic(frame):
         return None
@@ -58,7 +58,7 @@ def reread(frame: DataFrame, p: int) -> DataFrame | None:
             return None
         total = int(leaf.relation().location().sizeInBytes())
         for slack in (1.0, 1.1, _UNEVEN):
-            found = _planned(frame.sparkSession, above, leaf, max(1, int(slack * total / p) + 1))
+            found = _planned(frame, above, leaf, max(1, int(slack * total / p) + 1))
             if _partitions(found) == p:
                 return found if _even(found, total, p) else None
     except Exception as error:  # Spark's inner classes may change: then it is the shuffle
@@ -80,9 +80,10 @@ def _chain(frame: DataFrame) -> tuple[list[Any], Any]:
     return above, node if node.relation().fileFormat().getClass().getName() in _FORMATS else None
 
 
-def _planned(session: SparkSession, above: list[Any], leaf: Any, nbytes: int) -> DataFrame:
+def _planned(frame: DataFrame, above: list[Any], leaf: Any, nbytes: int) -> DataFrame:
     """The plan again, its files read `nbytes` at a time."""
-    other = session.newSession()
+    session = frame.sparkSession
+    other = type(session)(session.sparkContext, session._jsparkSession.cloneSession())  # with all that the user has set
     for name, value in (("maxPartitionBytes", nbytes), ("minPartitionNum", 1), ("openCostInBytes", 0)):
         other.conf.set(f"spark.sql.files.{name}", str(value))
     old = leaf.relation()
@@ -95,7 +96,7 @@ def _planned(session: SparkSession, above: list[Any], leaf: Any, nbytes: int) ->
     for step in reversed(above):
         plan = step.withNewChildren(jvm.PythonUtils.toSeq([plan]))
     sql = jvm.org.apache.spark.sql
-    datasets = sql.classic.Dataset if hasattr(sql.classic.Dataset, "ofRows") else sql.Dataset  # Spark 4, or 3.5
+    datasets = sql.classic.Dataset if ".classic." in frame._jdf.getClass().getName() else sql.Dataset  # Spark 4, or 3.5
     return DataFrame(datasets.ofRows(other._jsparkSession, plan), other)
 
 

@@ -85,6 +85,18 @@ def test_a_schema_of_the_users_is_kept(spark, files) -> None:
     assert rows(way.arrange(narrowed, NAMES, 2)) == rows(door.select(spark.read.parquet(files), NAMES))
 
 
+def test_what_the_user_has_set_holds_for_the_files_too(spark, files) -> None:
+    name, active = "spark.sql.execution.arrow.maxRecordsPerBatch", spark.getActiveSession()
+    before = spark.conf.get(name)
+    spark.conf.set(name, "7")
+    try:
+        frame = way.arrange(spark.read.parquet(files), NAMES, 2)
+        assert frame.sparkSession is not spark and frame.sparkSession.conf.get(name) == "7"
+        assert spark.getActiveSession() is active and type(spark).builder.getOrCreate() is spark
+    finally:
+        spark.conf.set(name, before)
+
+
 def test_files_that_do_not_divide_evenly_go_through_a_shuffle(spark, files, tmp_path) -> None:
     """One large file: to cut it may give one worker all rows."""
     spark.read.parquet(files).coalesce(1).write.parquet(str(tmp_path / "one"))
