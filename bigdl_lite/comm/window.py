@@ -10,10 +10,13 @@ address leads nowhere, or to something without the secret, and `look` says None:
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
+import stat
 import struct
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,27 +26,41 @@ _SECRET = 16
 _STAMP = struct.Struct("<q")
 
 
-class Window:
+class Look:
+    """The other end, as long as it is kept: the memory is mapped, not copied."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+
+    def values(self, dtype: torch.dtype, count: int, offset: int = 0) -> Tensor:
+        """count values, as a tensor on the memory itself."""
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=HEADER + offset)
+
+    @property
+    def stamp(self) -> int:
+        return _STAMP.unpack_from(self._memory, _SECRET)[0]
+
+
+class Window(Look):
     """The owner's end. address is what others need to look through it; MemoryError or OSError where there is no room."""
 
     def __init__(self, nbytes: int) -> None:
-        secret = secrets.token_bytes(_SECRET)
+        self._file, secret = -1, secrets.token_bytes(_SECRET)
         self._file = os.memfd_create("bigdl_lite", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self._file, 0, HEADER + nbytes)  # room now, or an error now
             self._memory = mmap.mmap(self._file, HEADER + nbytes)
         except BaseException:
-            os.close(self._file)
+            self.close()
             raise
         self._memory[:_SECRET] = secret
         self.nbytes = nbytes
         self.address = f"{os.getpid()}/{self._file}/{secret.hex()}/{nbytes}"
 
-    def values(self, dtype: torch.dtype, count: int, offset: int = 0) -> Tensor:
-        """count values, as a tensor on the memory itself."""
-        return _values(self._memory, dtype, count, offset)
-
-    def stamp(self, number: int) -> None:
+    def mark(self, number: int) -> None:
+        """Sets the stamp."""
         _STAMP.pack_into(self._memory, _SECRET, number)
 
     def close(self) -> None:
@@ -56,58 +73,44 @@ class Window:
         self.close()
 
 
-class Look:
-    """The other end, as long as it is kept: the memory is mapped, not copied."""
-
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._memory = memory
-
-    def values(self, dtype: torch.dtype, count: int, offset: int = 0) -> Tensor:
-        return _values(self._memory, dtype, count, offset)
-
-    @property
-    def stamp(self) -> int:
-        return _STAMP.unpack_from(self._memory, _SECRET)[0]
-
-
 def look(address: str) -> Look | None:
     """The memory behind an address; None where it cannot be seen from here."""
-    pid, file, secret, nbytes = address.split("/")
-    try:
-        # mapped for writing, because torch knows no tensor that is read-only
-        with open(f"/proc/{int(pid)}/fd/{int(file)}", "r+b") as source:
-            memory = mmap.mmap(source.fileno(), HEADER + int(nbytes))
-    except (OSError, ValueError):  # gone, not ours, another namespace, or shorter
-        return None
-    if memory[:_SECRET].hex() != secret:
-        memory.close()
-        return None
-    return Look(memory)
+    with _opened(address) as file:
+        if file is None:
+            return None
+        try:  # mapped for writing, because torch knows no tensor that is read-only
+            return Look(mmap.mmap(file, HEADER + int(address.split("/")[3])))
+        except (OSError, ValueError):  # shorter than the address says
+            return None
 
 
 def pour(address: str, x: Tensor) -> bool:
     """Writes x [n], on any device, into the memory behind an address, without mapping it; False where it cannot be seen."""
-    pid, file, secret, _ = address.split("/")
-    try:
-        target = os.open(f"/proc/{int(pid)}/fd/{int(file)}", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        if os.pread(target, _SECRET, 0).hex() != secret:
+    with _opened(address) as file:
+        if file is None:
             return False
         data = memoryview(x.cpu().contiguous().view(torch.uint8).numpy())
         at = 0
         while at < len(data):
-            at += os.pwrite(target, data[at:], HEADER + at)
+            at += os.pwrite(file, data[at:], HEADER + at)
         return True
+
+
+@contextlib.contextmanager
+def _opened(address: str) -> Iterator[int | None]:
+    """The file behind an address; None where it is gone, not ours, in another namespace, or another than it was."""
+    pid, number, secret, _ = address.split("/")
+    try:
+        file = os.open(f"/proc/{int(pid)}/fd/{int(number)}", os.O_RDWR)
+    except OSError:
+        yield None
+        return
+    try:
+        # a pipe or a terminal has no place to read from
+        known = stat.S_ISREG(os.fstat(file).st_mode) and os.pread(file, _SECRET, 0).hex() == secret
+        yield file if known else None
     finally:
-        os.close(target)
-
-
-def _values(memory: mmap.mmap, dtype: torch.dtype, count: int, offset: int) -> Tensor:
-    if not count:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=HEADER + offset)
+        os.close(file)
 
 
 def available() -> int:

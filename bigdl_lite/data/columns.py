@@ -118,7 +118,7 @@ def describe(
     decoders = decoders or {}
     if not inputs:
         raise RecipeError("inputCols is empty: name at least one column")
-    unknown = sorted(set(decoders) - {*flat(inputs), *([label] if label else [])})
+    unknown = sorted(set(decoders) - {*(name for name in inputs if isinstance(name, str)), *([label] if label else [])})
     if unknown:
         raise RecipeError(f"decoders name {unknown}, which are neither input nor label columns")
     made = [

@@ -49,7 +49,9 @@ _PARTITION = 1 << 24  # bytes of weights in one partition of the result, on aver
 
 
 class BarrierEngine:
-    """share_memory=False makes every rank a node of its own, which speaks to the others over sockets alone."""
+    """share_memory=False makes every rank a node of its own, which speaks to the others over sockets alone, and to the
+    driver through Spark alone.
+    """
 
     name = "barrier"
 

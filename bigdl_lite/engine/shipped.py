@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import math
 import uuid
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from bigdl_lite.comm.window import Look, Window, available, look
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.engine.spark import encrypts, on_this_machine
 from bigdl_lite.errors import PeerLost
+from bigdl_lite.wire.codec import on_bytes
 
 _PIECE = 1 << 26
 _ALIGN = 64
@@ -158,6 +158,4 @@ def _values(piece: Any, start: int, count: int, dtype: torch.dtype) -> Tensor:
     """On the bytes of one broadcast, which this process does not keep."""
     path = getattr(piece, "_path", None)
     data = piece.load_from_path(path) if path and not hasattr(piece, "_value") else piece.value
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the bytes must not be written to
-        return torch.frombuffer(data, dtype=dtype, count=count, offset=start)
+    return on_bytes(data, dtype, count, start)

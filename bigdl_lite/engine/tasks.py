@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from bigdl_lite.errors import DataError, report, revive
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.vector import Cut
 from bigdl_lite.wire import frame as wire
-from bigdl_lite.wire.codec import Codec, Raw
+from bigdl_lite.wire.codec import Codec, Raw, on_bytes
 
 # values of one piece: 256 KB of float32, because the JVM treats arrays of half a heap region (512 KB at the least) in a
 # slow way of their own, and because small pieces let Python and the JVM work at the same time
@@ -253,19 +252,19 @@ def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: O
     except (OSError, MemoryError) as error:
         yield wire.note(wire.BLIND, rank, now.round, f"no memory for {found.n * found.dtype.itemsize} bytes of updates: {error}")
         return
-    window.stamp(-1)
+    window.mark(-1)
     target = window.values(found.dtype, found.n)
     update, side = _work(rank, recipe, replica, lambda: state_in(source, found.n, found.m, found.dtype), lambda: target, now)
     yield side
     if update is not None:
         if update.vector.data_ptr() != target.data_ptr():
             target.copy_(update.vector)
-        window.stamp(now.round)
+        window.mark(now.round)
         placed = {"address": window.address, "weight": update.weight}
         yield wire.note(wire.PLACED, rank, now.round, placed)
 
 
-def state_in(memory: Window | Look, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def state_in(memory: Look, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weights [n] and buffers [m] float64 on the driver's memory."""
     return memory.values(dtype, n), memory.values(torch.float64, m, -(-n * dtype.itemsize // 8) * 8)
 
@@ -297,7 +296,7 @@ def _by_value(rank: int, static: tuple[Recipe, Codec], shipped: Shipped, state: 
 
     def received() -> tuple[Tensor, Tensor]:
         weights, buffers = state.value
-        return _tensor(weights, found.dtype), _tensor(buffers, torch.float64)
+        return on_bytes(weights, found.dtype), on_bytes(buffers, torch.float64)
 
     update, side = _work(rank, recipe, replica, received, gradient, now)
     yield 0, side.dumps()
@@ -305,13 +304,6 @@ def _by_value(rank: int, static: tuple[Recipe, Codec], shipped: Shipped, state: 
         for i, (owner, (start, stop)) in enumerate(now.pieces):
             payload = codec.encode(update.vector[start:stop])
             yield owner, wire.Frame(wire.PIECE, rank, i, now.round, update.weight, stop - start, payload, codec.tag).dumps()
-
-
-def _tensor(data: bytes, dtype: torch.dtype) -> Tensor:
-    """On the bytes themselves; only to be copied from."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that they must not be written to
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def combiner_of(static: Any, now: Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:

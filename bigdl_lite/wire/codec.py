@@ -6,6 +6,7 @@ Which exchanges a step makes is another question, and lives elsewhere.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -26,6 +27,15 @@ class Codec(Protocol):
     def decode(self, data: bytes | memoryview, n: int) -> Tensor: ...
 
     def nbytes(self, n: int) -> int: ...
+
+
+def on_bytes(data: bytes, dtype: torch.dtype, count: int = -1, offset: int = 0) -> Tensor:
+    """A tensor on bytes that must not be written to: only to be copied from, so torch's warning of that is not wanted."""
+    if not data or not count:
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
 
 
 def _check(codec: Codec, data: bytes | memoryview, n: int) -> None:

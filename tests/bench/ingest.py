@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from bigdl_lite.engine.spark import collect
 from bigdl_lite.engine.worker import settle
 from tests.bench.distributor import read
 from tests.bench.report import Claim, Context, Row
+from tests.bench.watch import Most, on_disk
 from tests.bench.workloads import W4
 
 RANKS = 2
@@ -170,42 +170,6 @@ def local_folders(spark: SparkSession) -> list[Path]:
     return [Path(folder) for folder in folders.split(",")]
 
 
-def nbytes(folders: list[Path]) -> int:
-    total = 0
-    for folder in folders:
-        for place, _, files in os.walk(folder):
-            for file in files:
-                try:
-                    total += os.stat(os.path.join(place, file)).st_size
-                except FileNotFoundError:
-                    continue
-    return total
-
-
-class Disk:
-    """with Disk(folders) as disk: ...; disk.most is the most bytes that were there at once, above those before."""
-
-    def __init__(self, folders: list[Path]) -> None:
-        self.folders, self.most = folders, 0
-        self._done = threading.Event()
-
-    def __enter__(self) -> Disk:
-        self.before = nbytes(self.folders)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        self._thread.join()
-        self.left = nbytes(self.folders) - self.before
-        self.most = max(self.most, self.left)
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.1):
-            self.most = max(self.most, nbytes(self.folders) - self.before)
-
-
 # ---- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -232,12 +196,13 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
     few = tenth.count()
     for _ in range(context.repeat):
         for name, source in (("ours", frame), ("ours, plain scan", plain)):
-            with Disk(folders) as disk:
+            before = on_disk(folders)
+            with Most(lambda: on_disk(folders), 0.1) as disk:
                 got, seconds, parts = ours(source)
             assert got == rows, (got, rows)
             values[name].append(rows / seconds)
             spent[name].append(parts)
-            most[name] = max(most[name], disk.most)
+            most[name] = max(most[name], disk.most - before)
         got, seconds = timed(lambda: by_pandas(frame))
         values["pandas"].append(got / seconds)
         shutil.rmtree(written, ignore_errors=True)
@@ -254,7 +219,7 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
     notes = {
         **{name: f"most bytes on disk during a fit: {found:,}" for name, found in most.items()},
         "rows": f"{few:,} rows of a cached DataFrame, which flatters it",
-        "files": f"{nbytes([written]):,} bytes written as parquet", "scan": "no DataFrame: the files read by pyarrow as they are",
+        "files": f"{on_disk([written]):,} bytes written as parquet", "scan": "no DataFrame: the files read by pyarrow as they are",
     }  # fmt: skip
     shutil.rmtree(written, ignore_errors=True)
     table = [

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tests.bench.distributor import distribute
 from tests.bench.ingest import local_folders
 from tests.bench.report import Claim, Context, Row
-from tests.bench.transform import pss, workers
+from tests.bench.watch import pss, workers
 from tests.bench.workloads import Seeded, Workload, adam
 
 FITS = 20
@@ -99,7 +99,7 @@ def twenty(spark: Any, path: Path, engine: str, fits: int) -> dict[str, list[flo
         now = {
             "seconds": time.perf_counter() - began, "driver RSS MiB": resident(os.getpid()) / 2**20,
             "JVM heap after gc MiB": heap(spark) / 2**20, "JVM RSS MiB": resident(jvm) / 2**20,
-            "workers Pss MiB": sum(map(pss, workers())) / 2**20, "files left": float(left(folders)),
+            "workers Pss MiB": sum(pss(pid)["all"] for pid in workers()) / 2**20, "files left": float(left(folders)),
         }  # fmt: skip
         for name, value in now.items():
             found.setdefault(name, []).append(value)

@@ -12,12 +12,9 @@ Memory is the most that one Python worker holds (Pss), while it scores a fifth o
 
 from __future__ import annotations
 
-import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +27,7 @@ from pyspark.sql.types import ArrayType, DataType, DoubleType, FloatType
 
 from bigdl_lite.ml.model import TorchModel
 from tests.bench.report import Claim, Context, Row
+from tests.bench.watch import Most, pss, workers
 from tests.bench.workloads import W4
 
 BATCHES = (1024, 4096, 10_000)
@@ -91,56 +89,6 @@ def _typed(task: Any) -> Any:
     return task
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------
-
-
-def workers() -> list[int]:
-    """The Python workers of this driver's JVM: this process > JVM > daemon > worker."""
-    below = [os.getpid()]
-    for _ in range(3):
-        below = [child for pid in below for child in _children(pid)]
-    return below
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for told in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += map(int, told.read_text().split())
-        except OSError:  # a thread that has ended since
-            continue
-    return found
-
-
-def pss(pid: int) -> int:
-    """Bytes of memory of a process, what it shares counted in part."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 0
-
-
-class Peak:
-    """with Peak() as peak: ...; peak.most is the most that one worker held."""
-
-    def __enter__(self) -> Peak:
-        self.most, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.05):
-            self.most = max([self.most, *(pss(pid) for pid in workers())])
-
-
 # ---- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +146,7 @@ def _held(model: TorchModel, frame: DataFrame, rows: int) -> list[tuple[int, int
     found = []
     for part in (0.2, 1.0):
         source = frame if part == 1.0 else frame.sample(part, seed=0)
-        with Peak() as peak:
+        with Most(lambda: max([0, *(pss(pid)["all"] for pid in workers())]), 0.05) as peak:
             consume(model.transform(source).select(W4.label, "prediction"))
         found.append((round(rows * part), peak.most))
     return found

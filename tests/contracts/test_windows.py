@@ -26,7 +26,7 @@ def other(code: str) -> subprocess.Popen[str]:
 def test_another_process_sees_the_values_and_the_stamp_without_a_copy() -> None:
     window = Window(8 * 10)
     window.values(torch.float64, 10).copy_(torch.arange(10.0))
-    window.stamp(7)
+    window.mark(7)
     told = other(f"""
         import torch
         from bigdl_lite.comm.window import look

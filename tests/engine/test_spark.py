@@ -151,6 +151,12 @@ def test_what_cannot_stand_side_by_side_is_refused_by_name(spark, names, kind, w
         door.select(df, names)
 
 
+def test_a_decoder_of_a_column_among_others_is_refused(spark) -> None:
+    frame = door.select(table(spark), [["a", "b"]])
+    with pytest.raises(RecipeError, match="decoders name"):
+        door.read_columns(frame, [["a", "b"]], None, torch.float32, {"a": bytes})
+
+
 def test_training_on_columns_equals_training_on_an_array_of_them(spark) -> None:
     x, y = problem()
     arrays = frame_of(spark, x, y, uneven(60, 2))
