@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bigdl_lite.batch import Batch
 from bigdl_lite.data.columns import Column, Columns, Raw
+from bigdl_lite.data.parquet import fetch
 from bigdl_lite.errors import DataError
 
 
@@ -28,7 +29,7 @@ def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -
     parts: list[list[Tensor]] = [[] for _ in columns.all]
     rows: list[np.ndarray] = []
     seen = 0
-    for batch in batches:
+    for batch in fetch(batches, columns.all) if columns.located else batches:
         if not batch.num_rows:
             continue
         for found, column in zip(parts, columns.all, strict=True):

@@ -89,12 +89,14 @@ class Columns:
     """All that a fit reads: the inputs in the order of forward's arguments, and the label if there is one.
 
     row is the name of a column of unique int64 row numbers; where given, a share is put in that order before anything
-    else, which makes it independent of how the rows travelled.
+    else, which makes it independent of how the rows travelled. located: record batches say where the rows lie in files,
+    and the columns are read from there (parquet.py).
     """
 
     inputs: tuple[Column, ...]
     label: Column | None = None
     row: str | None = None
+    located: bool = False
 
     @property
     def all(self) -> tuple[Column, ...]:

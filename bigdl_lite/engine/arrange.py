@@ -17,6 +17,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from bigdl_lite.data.columns import Name
+from bigdl_lite.engine.direct import chain, format_of, located
 from bigdl_lite.engine.spark import ROW, is_classic, select
 
 _LOG = logging.getLogger("bigdl_lite")
@@ -32,15 +33,17 @@ _UNEVEN = 1.25  # how many times its even part a worker may get
 def arrange(dataset: DataFrame, names: Sequence[Name], p: int) -> DataFrame:
     """The named columns, as select() gives them, in exactly p partitions.
 
+    Where workers may read them from files, there are FILE and INDEX in their place (see direct.py).
     After a shuffle there is a column ROW of row numbers beside them, by which every share is put in order again, because a
     shuffle delivers blocks in any order.
     """
-    frame = select(dataset, names)
-    if _partitions(frame) == p:
-        return frame
-    again = reread(frame, p)
-    if again is not None:
-        return again
+    where, frame = located(dataset, names), select(dataset, names)
+    for found in [frame] if where is None else [dataset.select(*where), frame]:
+        if _partitions(found) == p:
+            return found
+        again = reread(found, p)
+        if again is not None:
+            return again
     return frame.withColumn(ROW, F.monotonically_increasing_id()).repartition(p, ROW)
 
 
@@ -53,8 +56,8 @@ def reread(frame: DataFrame, p: int) -> DataFrame | None:
     if not is_classic(frame):
         return None
     try:
-        above, leaf = _chain(frame)
-        if leaf is None:
+        above, leaf = chain(frame)
+        if leaf is None or format_of(leaf) not in _FORMATS:
             return None
         total = int(leaf.relation().location().sizeInBytes())
         for slack in (1.0, 1.1, _UNEVEN):
@@ -64,20 +67,6 @@ def reread(frame: DataFrame, p: int) -> DataFrame | None:
     except Exception as error:  # Spark's inner classes may change: then it is the shuffle
         _LOG.info("files are not read in %d parts: %s", p, error)
     return None
-
-
-def _chain(frame: DataFrame) -> tuple[list[Any], Any]:
-    """The projections and filters of a plan, from the top, and the files that they read; None for anything else."""
-    node, above = frame._jdf.queryExecution().optimizedPlan(), []
-    while _kind(node) in ("Project", "Filter"):
-        if not node.deterministic() or not node.subqueries().isEmpty():
-            return [], None
-        above.append(node)
-        node = node.child()
-    if _kind(node) != "LogicalRelation" or _kind(node.relation()) != "HadoopFsRelation":
-        return [], None
-    # by its full name: what others derive from a format (Delta) knows of rows that have been deleted
-    return above, node if node.relation().fileFormat().getClass().getName() in _FORMATS else None
 
 
 def _planned(frame: DataFrame, above: list[Any], leaf: Any, nbytes: int) -> DataFrame:
@@ -113,10 +102,6 @@ def _even(frame: DataFrame, total: int, p: int) -> bool:
         if nbytes > _UNEVEN * total / p:
             return False
     return True
-
-
-def _kind(node: Any) -> str:
-    return node.getClass().getSimpleName()
 
 
 def _partitions(frame: DataFrame) -> int | None:

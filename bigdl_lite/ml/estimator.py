@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bigdl_lite.algorithms import Round, method
 from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, TorchOptimizer
 from bigdl_lite.data.columns import Columns, Decoder
+from bigdl_lite.data.parquet import FILE
 from bigdl_lite.engine.arrange import arrange
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Recipe, Start
@@ -119,7 +120,7 @@ class TorchEstimator(Estimator, HasTraining):
         check(module=plan, loss=loss, optimizer=advance, decoders=decoders)
         engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession)
         frame = arrange(dataset, [*inputs, label], p)
-        columns = replace(columns, row=ROW if ROW in frame.columns else None)
+        columns = replace(columns, row=ROW if ROW in frame.columns else None, located=FILE in frame.columns)
         recipe = Recipe(
             plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),
             given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}",

@@ -1,12 +1,13 @@
 """transform: a module as a column of a DataFrame, evaluated lazily, one Arrow batch at a time.
 
-Only the input columns travel to Python, so a selection or filter after transform still prunes what it can.
+Only the input columns travel to Python, so a selection or filter after transform still prunes what it can. Where they can be
+read from files (direct.py), not even they.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from bigdl_lite.batch import Batch
 from bigdl_lite.data.arrow import tensor
 from bigdl_lite.data.columns import Columns
+from bigdl_lite.data.parquet import FILE, INDEX, fetch
+from bigdl_lite.engine.direct import located
 from bigdl_lite.engine.pack import pack, unpack
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.engine.shipped import Shipped
@@ -66,7 +69,11 @@ def predict(module: nn.Module, batch: Batch, size: int) -> Tensor:
 def score(frame: DataFrame, scorer: Scorer, shipped: Shipped) -> Column:
     """The column of scorer.head.sql_type for every row of `frame`."""
     names = [column.source for column in scorer.columns.inputs]
-    return _udf(_task(pack(scorer), shipped), scorer.head.sql_type, len(names))(*as_columns(frame, names))
+    given = located(frame, names)
+    if given is not None:
+        scorer = replace(scorer, columns=replace(scorer.columns, located=True))
+    given = given or as_columns(frame, names)
+    return _udf(_task(pack(scorer), shipped), scorer.head.sql_type, len(given))(*given)
 
 
 _CACHE: dict[Any, tuple[Scorer, nn.Module]] = {}  # the last model that this worker scored with
@@ -77,8 +84,7 @@ def _task(packed: bytes, shipped: Shipped) -> Callable[[Iterator[tuple[pa.Array,
         settle()
         scorer, module = _load(packed, shipped)
         columns = scorer.columns.inputs
-        for batch in batches:
-            arrays = batch if isinstance(batch, tuple) else (batch,)
+        for arrays in _read(batches, scorer.columns):
             if len(arrays[0]):
                 inputs = tuple(tensor(a, c, partition_id()) for a, c in zip(arrays, columns, strict=True))
                 yield scorer.head.to_arrow(predict(module, Batch(inputs, None), scorer.batch_size))
@@ -86,6 +92,15 @@ def _task(packed: bytes, shipped: Shipped) -> Callable[[Iterator[tuple[pa.Array,
                 yield scorer.head.to_arrow(torch.empty(0, *scorer.head.shape))
 
     return main
+
+
+def _read(batches: Iterator[Any], columns: Columns) -> Iterator[Sequence[pa.Array]]:
+    """The arrays of the inputs: as they come, or from the files that they lie in."""
+    arrays = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    if not columns.located:
+        return arrays
+    found = fetch((pa.RecordBatch.from_arrays(list(x), [FILE, INDEX]) for x in arrays), columns.inputs)
+    return ([batch.column(column.name) for column in columns.inputs] for batch in found)
 
 
 def _load(packed: bytes, shipped: Shipped) -> tuple[Scorer, nn.Module]:
