@@ -14,14 +14,15 @@ Transport and arithmetic keep apart: combine returns the sum over rows with its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from bigdl_lite.batch import Batch
+from bigdl_lite.errors import CheckpointError
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.vector import Cut
 
@@ -101,6 +102,60 @@ class Advance(Protocol):
     def check(self, replica: Replica) -> None:
         """Raises RecipeError where start() would fail; called once on the driver, before any job."""
         ...
+
+
+class State(NamedTuple):
+    """What a server side knows beside the weights, as plain data: what is large as tensors by name, all else as facts.
+
+    Names begin with "optimizer/", so that the tensors can lie beside others; facts are as to_json takes them (data/manifest.py).
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class DurableAdvancer(Advancer, Protocol):
+    """An advancer that can be saved and put back."""
+
+    def state(self) -> State:
+        """The state of this slice. Its tensors share memory with it: they count until the next step(). Its facts are copies."""
+        ...
+
+    def restore(self, state: State) -> None:
+        """Puts back what Durable.join made, before the first step, whatever the cuts were that it was taken from.
+
+        Copies its part of the tensors, which other advancers may read at the same time. Raises CheckpointError where the
+        state is not one of this method and these weights.
+        """
+        ...
+
+
+class Durable(Advance, Protocol):
+    """An Advance whose fits can be saved. One without these methods trains as well; it only has no checkpoints."""
+
+    def start(self, replica: Replica, cut: Cut) -> DurableAdvancer: ...
+
+    def check_state(self, replica: Replica, saved: State | None = None) -> None:
+        """Raises CheckpointError where the state could not be saved, or where `saved` could not be put back.
+
+        Called once on the driver, before any job.
+        """
+        ...
+
+    def join(self, states: Iterable[State]) -> State:
+        """The states of all owners, in any order, as one that no longer knows of the cuts. It shares no memory with them."""
+        ...
+
+
+def durable(advance: Advance) -> Durable:
+    """The advance itself. Raises CheckpointError where its fits cannot be saved."""
+    missing = [name for name in ("check_state", "join") if not callable(getattr(advance, name, None))]
+    if missing:
+        raise CheckpointError(
+            f"{type(advance).__name__} cannot be saved: it has no {' and no '.join(missing)} (see Durable in "
+            "bigdl_lite.algorithms); add them, or fit without checkpoints"
+        )
+    return cast(Durable, advance)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bigdl_lite.algorithms.algorithm import Update
+from bigdl_lite.algorithms.algorithm import State, Update
+from bigdl_lite.algorithms.state import Holding, Piece, check, join, restore, take, warn_of_settings
 from bigdl_lite.batch import Batch
 from bigdl_lite.errors import RecipeError
+from bigdl_lite.model.layout import Span
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.vector import Cut, aligned, overlap, slices, snap
 
@@ -100,10 +104,12 @@ class TorchOptimizer:
         return self.clip_norm is not None
 
     def cuts(self, replica: Replica, p: int) -> list[Cut]:
-        even = slices(replica.layout.n, p)
-        if type(self._optimizer(replica)) in _ELEMENTWISE:
-            return aligned(even)
-        return snap(even, [0, *(span.stop for span in replica.layout.parameters)])
+        even, optimizer = slices(replica.layout.n, p), self._optimizer(replica)
+        if type(optimizer) not in _ELEMENTWISE:
+            return snap(even, [0, *(span.stop for span in replica.layout.parameters)])
+        whole = (0, replica.layout.n)
+        runs = [run for mine in _places(optimizer, _spans(replica)) for run, _ in _runs(mine, whole, False)]
+        return _aligned(even, {start for start, _ in runs})
 
     def start(self, replica: Replica, cut: Cut) -> _Slice:
         return _Slice(self, self._optimizer(replica), replica, cut)
@@ -121,6 +127,17 @@ class TorchOptimizer:
         """Makes the optimizer and scheduler once, on the driver, so that a faulty factory is known before any job."""
         self.start(replica, (0, replica.layout.n))
 
+    def check_state(self, replica: Replica, saved: State | None = None) -> None:
+        """Raises CheckpointError where no checkpoint can hold the optimizer or scheduler, or where `saved` is of others."""
+        held = self.start(replica, (0, replica.layout.n)).held
+        take(held)
+        if saved is not None:
+            check(held, saved)
+            warn_of_settings(held, saved)
+
+    def join(self, states: Iterable[State]) -> State:
+        return join(states)
+
 
 class _Slice:
     """The optimizer of one slice: the user's own, its groups replaced by the pieces of them that fall into the cut."""
@@ -128,19 +145,14 @@ class _Slice:
     def __init__(self, how: TorchOptimizer, optimizer: torch.optim.Optimizer, replica: Replica, cut: Cut) -> None:
         self.how, self.optimizer = how, optimizer
         whole = type(optimizer) not in _ELEMENTWISE
-        spans = {id(p): s for p, s in zip(replica.parameters, replica.layout.parameters, strict=True)}
-        self.pieces: list[tuple[nn.Parameter, int, int]] = []  # piece, and where it lies in the slice's vector
-        old = dict(optimizer.state)
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            foreign = [p for p in group["params"] if id(p) not in spans]
-            if foreign:
-                raise RecipeError(
-                    f"the optimizer holds a parameter of shape {list(foreign[0].shape)} that is not one of the module's trainable "
-                    "parameters; build it from the parameters that the factory is called with"
-                )
-            places = ((spans[id(p)].start, spans[id(p)].stop, p) for p in group["params"])
-            mine = sorted(places, key=lambda place: place[:2])  # tensors without values may share a place
+        spans = _spans(replica)
+        self.pieces: list[Piece] = []
+        old = {key: value for key, value in optimizer.state.items() if isinstance(key, Tensor)}
+        for p in old:
+            del optimizer.state[p]
+        own: dict[int, Any] = {}  # hyperparameters that are tensors: the factory may give the same ones to every owner
+        for number, (group, mine) in enumerate(zip(optimizer.param_groups, _places(optimizer, spans), strict=True)):
+            group.update({key: copy.deepcopy(value, own) for key, value in group.items() if isinstance(value, Tensor)})
             found = []
             for (start, stop), members in _runs(mine, cut, whole):
                 if stop == start:
@@ -148,7 +160,8 @@ class _Slice:
                 flat = replica.weights[start:stop]
                 piece = nn.Parameter(members[0].data if whole else flat)
                 _carry_state(optimizer, old, members, piece, start, stop, spans, whole)
-                self.pieces.append((piece, start - cut[0], stop - cut[0]))
+                name = spans[id(members[0])].name if whole else str(start)
+                self.pieces.append(Piece(piece, start, stop, number, name))
                 found.append(piece)
             group["params"] = found
             if type(optimizer) in _FUSED and group.get("fused") is None and not group.get("foreach") and found:
@@ -156,6 +169,7 @@ class _Slice:
         self.scheduler = how.scheduler(optimizer) if how.scheduler else None
         if how.per == "step" and isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise RecipeError("ReduceLROnPlateau needs an epoch's loss: use schedulerInterval='epoch'")
+        self.held = Holding(optimizer, self.scheduler, how.per, self.pieces, whole, cut, replica.layout)
 
     def measure(self, update: Update) -> float:
         if self.how.clip_norm is None:
@@ -172,8 +186,9 @@ class _Slice:
             scale = self.how.clip_norm / (measured**0.5 + 1e-6)  # the 1e-6 is torch's
             if scale < 1.0:
                 vector.mul_(scale)
-        for piece, start, stop in self.pieces:
-            piece.grad = vector[start:stop].view(piece.shape)
+        first = self.held.cut[0]
+        for p, start, stop, *_ in self.pieces:
+            p.grad = vector[start - first : stop - first].view(p.shape)
         if self.pieces:
             self.optimizer.step()
         if self.scheduler is not None and self.how.per == "step":
@@ -194,6 +209,45 @@ class _Slice:
 
     def rates(self) -> list[float]:
         return [float(group.get("lr", float("nan"))) for group in self.optimizer.param_groups]
+
+    def state(self) -> State:
+        return take(self.held)
+
+    def restore(self, state: State) -> None:
+        restore(self.held, state)
+
+
+def _spans(replica: Replica) -> dict[int, Span]:
+    return {id(p): span for p, span in zip(replica.parameters, replica.layout.parameters, strict=True)}
+
+
+def _places(optimizer: torch.optim.Optimizer, spans: dict[int, Span]) -> list[list[tuple[int, int, nn.Parameter]]]:
+    """Where the parameters of each group lie, in the order of the flat vector."""
+    found = []
+    for group in optimizer.param_groups:
+        foreign = [p for p in group["params"] if id(p) not in spans]
+        if foreign:
+            raise RecipeError(
+                f"the optimizer holds a parameter of shape {list(foreign[0].shape)} that is not one of the module's trainable "
+                "parameters; build it from the parameters that the factory is called with"
+            )
+        places = ((spans[id(p)].start, spans[id(p)].stop, p) for p in group["params"])
+        found.append(sorted(places, key=lambda place: place[:2]))  # tensors without values may share a place
+    return found
+
+
+def _aligned(even: list[Cut], starts: set[int]) -> list[Cut]:
+    """The cuts, aligned from the start of the run of a group that each border falls into.
+
+    A run is advanced in the same lanes of a kernel, and so to the same bits, however many owners have a part of it.
+    """
+    marks, edges = sorted({0, *starts}), [0]
+    bounds = [*marks, even[-1][1]]
+    for x, _ in even[1:]:
+        i = bisect_right(marks, x)
+        start, stop = bounds[i - 1], bounds[i]
+        edges.append(start + aligned([(0, x - start), (x - start, stop - start)])[0][1])
+    return list(pairwise([*edges, even[-1][1]]))
 
 
 def _runs(
