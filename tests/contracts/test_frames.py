@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -141,3 +144,43 @@ def test_a_payload_that_is_not_json_is_refused(payload: bytes) -> None:
 def test_json_deeper_than_pythons_stack_is_refused_too() -> None:
     with pytest.raises(WireError, match="does not hold JSON"):
         Frame(ERROR, 3, 0, 0, 0.0, 0, b"[" * 100_000).json()
+
+
+def test_a_hundred_thousand_inputs_are_refused_or_a_frame_and_nothing_else() -> None:
+    """Nonsense, valid frames with wrong bytes, frames that are cut or glued together; memory stays that of the input."""
+    rng, seen = random.Random(0), {"refused": 0, "read": 0}
+    tracemalloc.start()
+    try:
+        for _ in range(100_000):
+            data = _disturbed(rng)
+            try:
+                frame = loads(data)
+            except WireError:
+                seen["refused"] += 1
+                continue
+            seen["read"] += 1
+            assert isinstance(frame, Frame) and HEADER_BYTES + len(frame.payload) == len(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seen["read"] > 10_000 and seen["refused"] > 50_000 and peak < 1 << 20
+
+
+def _disturbed(rng: random.Random) -> bytes:
+    valid = Frame(
+        rng.choice(KINDS), rng.randrange(1 << 31), rng.randrange(1 << 31), rng.randrange(1 << 62), rng.random(),
+        rng.randrange(1 << 62), rng.randbytes(rng.randrange(50)), rng.randrange(256),
+    ).dumps()  # fmt: skip
+    how = rng.randrange(5)
+    if how == 0:
+        return rng.randbytes(rng.randrange(100))
+    if how == 1:
+        return valid[: rng.randrange(len(valid))]
+    if how == 2:
+        return valid + rng.randbytes(rng.randrange(1, 50))
+    if how == 3:
+        return valid[:HEADER_BYTES] + rng.randbytes(rng.randrange(100))
+    data = bytearray(valid)
+    for _ in range(rng.randrange(4)):
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data)
