@@ -15,8 +15,10 @@ Each subclasses a built-in too, so nobody must import from here to catch one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
+from collections.abc import Iterator
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -76,6 +78,17 @@ def report(error: BaseException, where: str) -> dict[str, str]:
     kept = traceback.StackSummary.from_list(frames[first:]).format()
     lines = ["Traceback (most recent call last):\n", *kept, *traceback.format_exception_only(type(error), error)]
     return {"kind": "UserError", "message": f"{''.join(lines).rstrip()}\n\nraised on {where}"}
+
+
+@contextlib.contextmanager
+def blamed(where: str) -> Iterator[None]:
+    """Errors of the user's code inside become a UserError, as report() makes it; our own stay what they are."""
+    try:
+        yield
+    except BigDLError:
+        raise
+    except Exception as error:
+        raise UserError(report(error, where)["message"]) from error
 
 
 def revive(told: dict[str, str]) -> BigDLError:

@@ -1,12 +1,14 @@
 """The memory that the ranks of one node share: one copy of the weights, one gradient vector per rank, small notes.
 
-    header    int64 [64 + 2 q]    magic, sizes, who failed; for each local rank its process id and its count of arrivals
+    header    int64 [64 + 2 q]    who failed; for each local rank its process id and its count of arrivals
     weights   [n]                 one copy for the node
     grads     [q, n]              one row per local rank, written by its backward pass
     sides     float64 [p, s]      a few numbers of every rank of the job (loss, rows, seconds, buffers)
     scratch   float64 [p, w]      for sums of small vectors over ranks (batch statistics)
 
     n  flat weights      p  ranks of the job      q  ranks on this node      s, w  widths
+
+It lies in a window of the node's first rank (window.py), so that nothing of it is left when its ranks are gone, however they went.
 
 A rank writes only its own row, its own arrival count, and (between two waits) its own slice of the rest; so no lock is
 needed, only wait(). Measured for 25 M parameters and 2 ranks, Adam: tests/bench/meeting.py.
@@ -19,17 +21,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bigdl_lite.comm.window import HEADER, Look, Window, available, look
 from bigdl_lite.errors import MeetingTimeout, PeerLost
 
-_MAGIC = 0x42644C31
-_READY, _FAILED, _HEADER = 0, 1, 64
+_FAILED, _HEADER = 1, 64
 _ALIGN = 4096
+_LETTER = 256  # bytes of a mailbox
 
 Idle = Callable[[int], None]
 
@@ -72,7 +73,7 @@ class Block:
     """
 
     def __init__(
-        self, memory: mmap.mmap, size: Size, me: int, deadline: float, idle: Idle = _pause, watch: bool = True
+        self, memory: Look, size: Size, me: int, deadline: float, idle: Idle = _pause, watch: bool = True
     ) -> None:
         self.me, self.q, self.deadline = me, size.q, deadline
         self._memory, self._idle, self._watch = memory, idle, watch
@@ -80,7 +81,7 @@ class Block:
 
         def room(kind: torch.dtype, count: int) -> Tensor:
             nonlocal at
-            found = torch.frombuffer(memory, dtype=kind, count=count, offset=at) if count else torch.empty(0, dtype=kind)
+            found = memory.values(kind, count, at)
             at += -(-count * kind.itemsize // _ALIGN) * _ALIGN
             return found
 
@@ -152,45 +153,43 @@ class Block:
                     pass
 
 
-def create(path: Path, size: int) -> mmap.mmap:
-    """Turns an existing empty file into the block's memory. Raises OSError where the disk has no room for it.
+def mailbox() -> Window:
+    """A small window of one rank, through which those of its node learn where the block is. Whoever can look at it is on its node."""
+    return Window(_LETTER)
 
-    Space is reserved first: writing into a sparse file on a full disk would kill the process instead.
+
+def create(mail: Window, size: int) -> Window:
+    """The block's memory, made by the node's first rank, and its address put into that rank's mailbox.
+
+    Raises MemoryError or OSError where there is no room: it is reserved now, because later the process would be killed instead.
     """
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-        memory = mmap.mmap(file.fileno(), size)
-    np.frombuffer(memory, np.int64, 1)[_READY] = _MAGIC
+    free = available()
+    if size > free:  # the kernel would kill processes to find the room
+        raise MemoryError(
+            f"the ranks of this node share {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of its memory are free: put fewer ranks on a "
+            "node, or free some memory"
+        )
+    memory = Window(size)
+    letter = memory.address.encode().ljust(_LETTER)
+    mail.values(torch.uint8, _LETTER).copy_(torch.frombuffer(bytearray(letter), dtype=torch.uint8))
+    mail.mark(1)
     return memory
 
 
-def join(path: Path, size: int, deadline: float) -> mmap.mmap:
-    """The memory that another rank creates at `path`, as soon as it is there."""
+def join(mail: Look, deadline: float) -> Look:
+    """The block's memory, as soon as its address is in the first rank's mailbox."""
     until, tries = time.monotonic() + deadline, 0
-    while True:
-        if path.exists() and path.stat().st_size == size:
-            with path.open("r+b") as file:
-                memory = mmap.mmap(file.fileno(), size)
-            if np.frombuffer(memory, np.int64, 1)[_READY] == _MAGIC:
-                return memory
-            memory.close()
+    while mail.stamp != 1:
         if time.monotonic() > until:
-            raise MeetingTimeout(f"no shared block appeared at {path} within {deadline:.0f} s; has its creator died?")
+            raise MeetingTimeout(f"no shared block appeared within {deadline:.0f} s; has its creator died?")
         tries += 1
         time.sleep(min(0.05, 1e-4 * tries))
+    memory = look(bytes(mail.values(torch.uint8, _LETTER).tolist()).decode().strip())
+    if memory is None:
+        raise PeerLost("the process of the node's first rank is gone, and the block with it")
+    return memory
 
 
-def private(size: int) -> mmap.mmap:
+def private(size: int) -> Look:
     """Memory for ranks that are threads of one process; page-aligned like a shared one, so that kernels round alike."""
-    return mmap.mmap(-1, size)
-
-
-def home(size: int, local_dir: str) -> str:
-    """Where a block of `size` bytes should live: /dev/shm where it has the room, else a mapped file in `local_dir`."""
-    try:
-        stat = os.statvfs("/dev/shm")
-        if stat.f_bavail * stat.f_frsize > 1.1 * size and os.access("/dev/shm", os.W_OK):
-            return "/dev/shm"
-    except OSError:
-        pass
-    return local_dir
+    return Look(mmap.mmap(-1, HEADER + size))

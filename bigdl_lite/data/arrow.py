@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.batch import Batch
-from bigdl_lite.data.columns import Column, Columns, Raw
+from bigdl_lite.data.columns import Column, Columns, Raw, field, numeric
 from bigdl_lite.data.parquet import fetch
-from bigdl_lite.errors import DataError
+from bigdl_lite.errors import DataError, UserError, report
 
 
 def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -> Batch | None:
@@ -33,7 +33,8 @@ def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -
         if not batch.num_rows:
             continue
         for found, column in zip(parts, columns.all, strict=True):
-            values = tensor(batch.column(column.name), column, partition, seen)
+            name = column.name if columns.located else field(column.name)
+            values = tensor(batch.column(name), column, partition, seen)
             if found and values.shape[1:] != found[0].shape[1:]:
                 raise DataError(
                     f"column {column.name!r} holds rows of shape {list(found[0].shape[1:])} and "
@@ -119,13 +120,18 @@ def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) 
             raise DataError(f"column {column.name!r} must hold whole numbers, row {row} of {where} does not")
         return whole
     made = values.to(column.dtype)
-    narrower = values.is_floating_point() and made.dtype.itemsize < values.dtype.itemsize
+    narrower = made.dtype != values.dtype and made.is_floating_point()
     if column.finite and narrower and not bool(torch.isfinite(made).all()):
         bad = ~torch.isfinite(made.reshape(len(made), -1)).all(dim=1)
         row = first_row + int(bad.nonzero()[0, 0])
         raise DataError(
-            f"column {column.name!r} has values too large for {made.dtype}, the first in row {row} of {where}; scale it first"
+            f"column {_member(column, ~torch.isfinite(made))!r} has values too large for {made.dtype}, the first in row {row} of "
+            f"{where}; scale it first"
         )
+    if column.unit and len(made) and not bool(((made >= 0) & (made <= 1)).all()):
+        bad = ((made < 0) | (made > 1)).reshape(len(made), -1).any(dim=1)
+        row = first_row + int(bad.nonzero()[0, 0])
+        raise DataError(f"column {column.name!r} has values outside 0 .. 1, which its loss takes, the first in row {row} of {where}")
     return made
 
 
@@ -177,12 +183,30 @@ def _decoded(array: pa.Array, column: Column, where: str) -> Tensor:
         start, stop = int(offsets[0]), int(offsets[-1])
         flat = np.frombuffer(data, np.uint8, stop - start, start) if stop > start else np.empty(0, np.uint8)
         return torch.from_numpy(flat.view(decoder.dtype).reshape(len(array), *decoder.shape).copy())
-    rows = [np.asarray(decoder(value.as_py())) for value in array]
+    try:
+        made = [decoder(value.as_py()) for value in array]
+    except Exception as error:
+        raise UserError(report(error, f"{where}, in the decoder of column {column.name!r}")["message"]) from error
+    rows = [_array(x, column, where) for x in made]
     shapes = sorted({row.shape for row in rows})
     if len(shapes) > 1:
         raise DataError(f"the decoder of column {column.name!r} returned shapes {shapes[0]} and {shapes[1]} ({where})")
-    values = torch.from_numpy(np.stack(rows))
-    return values
+    return torch.from_numpy(np.stack(rows))
+
+
+def _array(made: object, column: Column, where: str) -> np.ndarray:
+    """What a decoder returned, as numbers that torch can hold."""
+    try:
+        found = np.asarray(made)
+        found = found.astype(found.dtype.newbyteorder("="), copy=False)
+    except Exception as error:  # lists that are ragged, tensors with a gradient, ...
+        raise DataError(f"the decoder of column {column.name!r} returned a {type(made).__name__} ({where}): {error}") from error
+    if not numeric(found.dtype):
+        raise DataError(
+            f"the decoder of column {column.name!r} returned a {type(made).__name__} of dtype {found.dtype} ({where}); "
+            "it must return an array of real numbers"
+        )
+    return found
 
 
 def _offset_dtype(array: pa.Array) -> type:

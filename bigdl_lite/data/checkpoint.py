@@ -63,8 +63,8 @@ class Checkpoint:
     step, epoch, at   steps done in all; the epoch that the next one belongs to; the steps of that epoch already done
     loss              what best() goes by: lower is better (of an accuracy, give the negative), NaN is never best
     model             name -> [dtype, shape] of every parameter, in flat order
-    tensors           "weights" [n], "buffers" [m] float64, "optimizer/<slice>/<piece>/<key>", on any device. Nobody may write to
-                      them while they are saved. Loaded ones lie in memory of their own.
+    tensors           "weights" [n], "buffers" [m] float64, "optimizer/<key>" or "optimizer/<parameter>/<key>", "constant/<parameter>",
+                      on any device. Nobody may write to them while they are saved. Loaded ones lie in memory of their own.
     facts             all else, as to_json takes it: scheduler, seed, batch size, workers, rows, versions
     """
 

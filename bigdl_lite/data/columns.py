@@ -14,6 +14,8 @@ ml vectors have become lists of numbers before they come here. Everything else i
 from __future__ import annotations
 
 import math
+import operator
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,18 +27,33 @@ import torch
 from bigdl_lite.errors import DataError, RecipeError
 
 
+def numeric(dtype: np.dtype) -> bool:
+    """Whether torch has this dtype, and it is one of real numbers."""
+    return dtype.kind in "biuf" and dtype.isnative and isinstance(getattr(torch, dtype.name, None), torch.dtype)
+
+
 @dataclass(frozen=True)
 class Raw:
-    """Raw bytes of one array: C order, little-endian, `shape` without the batch dimension, `dtype` a NumPy name."""
+    """Raw bytes of one array: C order, little-endian, `shape` without the batch dimension, `dtype` a NumPy dtype or its name."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         try:
-            np.dtype(self.dtype)
-        except TypeError:
+            found = np.dtype(self.dtype)
+        except (TypeError, ValueError):
             raise RecipeError(f"Raw(dtype={self.dtype!r}): not a NumPy dtype") from None
+        if self.dtype is None or not numeric(found):
+            raise RecipeError(f"Raw(dtype={self.dtype!r}): no tensor has it; take one of whole numbers or floats, little-endian")
+        try:
+            shape = tuple(operator.index(n) for n in self.shape)
+        except TypeError:
+            shape = (-1,)
+        if any(n < 0 for n in shape):
+            raise RecipeError(f"Raw(shape={self.shape!r}) is not the shape of an array: a tuple of whole numbers, () for one number")
+        object.__setattr__(self, "dtype", found.name)
+        object.__setattr__(self, "shape", shape)
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +78,15 @@ def title(name: Name) -> str:
     return f"{name[0]} to {name[-1]} ({zlib.crc32(repr(list(name)).encode()):08x})"
 
 
+def field(title: str) -> str:
+    """The name under which a column travels: its own where Spark takes it for nothing else (a path, a star) and nor do we.
+
+    Spark's mapInArrow looks for columns by frame[name], where dots and backticks have a meaning.
+    """
+    plain = re.fullmatch(r"[\w ()]+", title) and not title.startswith("__bigdl_lite")
+    return title if plain else f"column_{zlib.crc32(title.encode(errors='replace')):08x}"
+
+
 @dataclass(frozen=True)
 class Column:
     """One column and the dtype of its tensor. depth counts list levels; decoder is set for binary columns only.
@@ -74,6 +100,7 @@ class Column:
     decoder: Decoder | None = None
     finite: bool = True  # NaN and infinity are errors
     members: tuple[str, ...] = ()
+    unit: bool = False  # values below 0 or above 1 are errors
 
     @property
     def source(self) -> Name:
@@ -112,7 +139,7 @@ def describe(
     label_dtype: torch.dtype | None = None,
     row: str | None = None,
 ) -> Columns:
-    """The Columns for names found in `schema`; floating numbers take the dtype `floating`.
+    """The Columns for names found in `schema`, each as field() writes it; floating numbers take the dtype `floating`.
 
     Raises DataError that names the column and the way out: missing, of a type that no tensor can hold, binary without
     a decoder.
@@ -120,7 +147,8 @@ def describe(
     decoders = decoders or {}
     if not inputs:
         raise RecipeError("inputCols is empty: name at least one column")
-    unknown = sorted(set(decoders) - {*(name for name in inputs if isinstance(name, str)), *([label] if label else [])})
+    known = {*(name for name in inputs if isinstance(name, str)), label}
+    unknown = [name for name in decoders if name not in known]
     if unknown:
         raise RecipeError(f"decoders name {unknown}, which are neither input nor label columns")
     made = [
@@ -145,8 +173,9 @@ def require(names: Sequence[str], present: Sequence[str]) -> None:
 
 
 def _column(schema: pa.Schema, name: str, floating: torch.dtype, decoder: Decoder | None) -> Column:
-    require([name], schema.names)
-    kind, depth = schema.field(name).type, 0
+    require([field(name)], schema.names)
+    found = schema.field(field(name)).type
+    kind, depth = found, 0
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         if decoder is None:
             raise DataError(
@@ -167,4 +196,4 @@ def _column(schema: pa.Schema, name: str, floating: torch.dtype, decoder: Decode
     if pa.types.is_floating(kind) or pa.types.is_boolean(kind):
         return Column(name, floating, depth)
     hint = "index it first (StringIndexer)" if pa.types.is_string(kind) else "cast it to a number"
-    raise DataError(f"column {name!r} is of type {schema.field(name).type}, which no tensor can hold; {hint}")
+    raise DataError(f"column {name!r} is of type {found}, which no tensor can hold; {hint}")

@@ -110,6 +110,23 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[int, Iterator[bytes | memoryvie
     return 8 + len(text) + at, parts()
 
 
+def unpack(memory: Tensor) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that lies in memory [nbytes] uint8, on that memory. Raises ValueError where it is none."""
+    start = 8 + int.from_bytes(bytes(memory[:8].tolist()), "little")
+    if not 8 < start <= len(memory):
+        raise ValueError(f"a header of {start - 8} bytes in {len(memory)}")
+    tensors = {}
+    try:
+        for name, told in json.loads(memory[8:start].numpy().tobytes()).items():
+            first, last = (start + int(x) for x in told["data_offsets"])
+            if not start <= first <= last <= len(memory):
+                raise ValueError(f"tensor {name!r} lies outside")
+            tensors[name] = memory[first:last].view(_TAGS[told["dtype"]]).reshape(told["shape"])
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # JSON, but of something else
+        raise ValueError(f"a header that is none of safetensors: {type(error).__name__}: {error}") from error
+    return tensors
+
+
 def to_json(value: Any, name: str = "facts") -> Any:
     """A value of plain Python as strict JSON, which from_json gives back in its types, to the bit.
 

@@ -2,11 +2,16 @@
 
     DataFrame -> mapInArrow(barrier=True): p tasks, all or none, at the same time
                    decode the partition -> one allGather (who, where, how many rows) -> train -> rank 0 yields the outcome
-              -> repartition(1)          a shuffle at the end, because Spark retries a barrier stage only before a shuffle
               -> the driver
 
 A user's error ends the stage in peace: the failing rank tells the others through the block, and yields its error as a
-row, so Spark does not repeat in vain what will fail again. A lost process fails the stage, and Spark runs it again.
+row, so that nothing is repeated in vain. Whatever else ends a rank ends the stage, and the engine runs it again, from the
+last state that all ranks brought to the driver (live.py, keeper.py):
+
+    a rank             how it is noticed                                                      how it ends
+    killed             Spark sees the end of its process at once                              the stage fails
+    stopped, hanging   the others waited for the deadline, or the driver heard nothing of it   Spark kills it with the stage
+    cut off            connections break, or are silent for the deadline                       the ranks give up
 """
 
 from __future__ import annotations
@@ -14,34 +19,38 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
+import logging
+import math
+import re
 import secrets
-import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import torch
-from pyspark import BarrierTaskContext
+from pyspark import BarrierTaskContext, SparkContext
 from pyspark.sql import DataFrame
 
-from bigdl_lite.batch import Batch
-from bigdl_lite.comm.block import Block, create, home, join, private
-from bigdl_lite.comm.group import Group, Store
 from bigdl_lite.comm.window import Window, pour
-from bigdl_lite.data.arrow import agree, nothing, shapes, share
-from bigdl_lite.engine.live import Listener, Speaker
-from bigdl_lite.engine.meeting import Meeting, Place
+from bigdl_lite.data.arrow import agree, nothing, share
+from bigdl_lite.engine.hall import Hall
+from bigdl_lite.engine.keeper import Keeper, Part
+from bigdl_lite.engine.live import Address, Listener, Speaker
 from bigdl_lite.engine.pack import foreign, pack, unpack
-from bigdl_lite.engine.rank import block_size, train
+from bigdl_lite.engine.rank import train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shipped import Shipped, mappable
-from bigdl_lite.engine.spark import collect, gpu, jobs, slots, stream
-from bigdl_lite.engine.worker import local_dir, settle
-from bigdl_lite.errors import DataError, MeetingTimeout, PeerLost, RecipeError, report, revive
+from bigdl_lite.engine.spark import collect, encrypts, is_elastic, jobs, on_this_machine, slots, stream
+from bigdl_lite.engine.worker import require_versions, settle, versions
+from bigdl_lite.errors import BigDLError, DataError, MeetingTimeout, PeerLost, RecipeError, report, revive
 
+_LOG = logging.getLogger("bigdl_lite")
+_LOST = re.compile(  # how Spark says that a process is gone, and how a rank says that another is
+    r"Python worker (exited unexpectedly|process terminated)|ExecutorLostFailure|[Ee]xecutor.{0,40} lost|heartbeat timed out|"
+    r"Remote RPC client disassociated|Worker.{0,20} lost|FetchFailed|(?:PeerLost|MeetingTimeout): ([^\n]*)"
+)
 _SCHEMA = "kind string, rank int, part int, payload binary"
 _ARROW = pa.schema([("kind", pa.string()), ("rank", pa.int32()), ("part", pa.int32()), ("payload", pa.binary())])
 _PART = 1 << 18  # bytes of weights in one row: arrays of half a heap region are slow in the JVM, and waste it
@@ -49,17 +58,31 @@ _PARTITION = 1 << 24  # bytes of weights in one partition of the result, on aver
 
 
 class BarrierEngine:
-    """share_memory=False makes every rank a node of its own, which speaks to the others over sockets alone, and to the
-    driver through Spark alone.
+    """share_memory  False makes every rank a node of its own: nobody looks at another's memory, all goes through sockets and Spark
+    allow_clear   with Spark's encryption on, whether ranks of several machines may speak past it all the same
+
+    What ranks say to one another between nodes, and lines of history to the driver, travels past Spark and in clear. Each
+    such connection is let in by a secret of the run, which travels in Spark's own task closure, and listens on the address
+    that Spark uses; NCCL's connections have no such guard. Memory that ranks of one node share, which processes of the same
+    user can read, is not encrypted either. Rows, recipe and, with encryption on, starting
+    weights and the result travel through Spark and as Spark protects them.
+
+    So where the user asked Spark to encrypt, fit refuses a cluster unless allow_clear is given (RecipeError, on the driver,
+    before any job); on one machine (local[...]) it trains, without live lines.
     """
 
     name = "barrier"
 
-    def __init__(self, share_memory: bool = True) -> None:
-        self.share_memory = share_memory
+    def __init__(self, share_memory: bool = True, allow_clear: bool = False) -> None:
+        self.share_memory, self.allow_clear = share_memory, allow_clear
 
-    def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome:
-        """Trains on a frame of recipe.num_workers partitions (see spark.arrange)."""
+    def fit(
+        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keeper | None = None
+    ) -> Outcome:  # fmt: skip
+        """Trains on a frame of recipe.num_workers partitions (see spark.arrange).
+
+        Raises PeerLost or MeetingTimeout where ranks are lost more often than recipe.recoveries.
+        """
         p, sc = recipe.num_workers, frame.sparkSession.sparkContext
         free = slots(frame.sparkSession)
         if p > free:
@@ -67,29 +90,101 @@ class BarrierEngine:
                 f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {free} slots: "
                 f"ask for fewer workers, give Spark more cores, or take engine='shuffle'"
             )
-        host = sc.getConf().get("spark.driver.host", "127.0.0.1")
+        if is_elastic(sc) and not on_this_machine(sc):
+            raise RecipeError(
+                "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
+                "engine='shuffle', or an application with a fixed number of executors"
+            )
+        clear = _may_speak_in_clear(sc, self.allow_clear)
+        if keep is not None and not clear:
+            raise RecipeError(
+                "Spark's encryption is on, and ranks of the barrier engine bring checkpoints to the driver past Spark, in clear: take "
+                "engine='shuffle', or allow it with engine=BarrierEngine(allow_clear=True)"
+            )
+        keeper = Keeper(recipe) if keep is None else keep
+        keeper.in_background()
+        lines = len(keeper.before)
+        for losses in range(recipe.recoveries + 1):
+            try:
+                outcome = self._stage(frame, recipe, start, observer, keeper if clear else None)
+                return replace(outcome, history=[*keeper.before[lines:], *outcome.history])
+            except (PeerLost, MeetingTimeout) as lost:
+                if losses == recipe.recoveries:
+                    raise type(lost)(f"{lost} (given up after {losses + 1} losses of ranks)") from lost
+                last = keeper.last()
+                if last is not None:
+                    start, keeper.before = replace(last[0], constants=start.constants), last[1]
+                step = start.now.step
+                _LOG.warning("a rank was lost (%s): the stage runs again, from step %d on; loss %d", lost, step, losses + 1)
+        raise AssertionError("not reached")
+
+    def _stage(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, keeper: Keeper | None) -> Outcome:
+        """One barrier stage from start to end. Raises PeerLost where it ended because a rank was lost."""
+        p, sc = recipe.num_workers, frame.sparkSession.sparkContext
+        host = sc.getConf().get("spark.driver.host", "127.0.0.1") if keeper is not None else None
         shipped = Shipped.send(sc, start, may_map=self.share_memory)
         result = mappable(sc, start.weights.nbytes) if self.share_memory else None
         parts = 1 if result else -(-start.weights.nbytes // _PARTITION)
+        losses: list[str] = []
         try:
-            with jobs(sc, f"bigdl_lite {recipe.run}: barrier, {p} ranks"), _listen(host, observer) as live:
-                way = _Way(shipped, result.address if result else "", live.address if live else None, self.share_memory)
-                main = _task(pack(recipe), way)
-                told = frame.mapInArrow(main, _SCHEMA, barrier=True)
-                if parts <= 1:
-                    rows = collect(told.repartition(1)).to_pylist()
-                else:  # a partition at a time, because the driver's JVM may be smaller than the weights
-                    rows = stream(told.repartition(parts, "part"))
-                return _outcome(rows, recipe, result)
+            with jobs(sc, f"bigdl_lite {recipe.run}: barrier, {p} ranks") as tag:
+
+                def lost(why: str) -> None:
+                    losses.append(why)
+                    sc.cancelJobsWithTag(tag)  # or Spark would wait for it, or begin again without the last state
+
+                with _listen(host, observer, keeper, recipe.deadline, lost) as live:
+                    way = _Way(
+                        shipped, result.address if result else "", live.address if live else None, self.share_memory,
+                        secrets.token_hex(32), on_this_machine(sc), versions(),
+                    )  # fmt: skip
+                    told = frame.mapInArrow(_task(pack(recipe), way), _SCHEMA, barrier=True)
+                    if parts <= 1:
+                        rows = collect(told).to_pylist()
+                    else:  # a partition at a time, because the driver's JVM may be smaller than the weights
+                        rows = stream(told.repartition(parts, "part"))
+                    return _outcome(rows, recipe, result)
+        except Exception as error:
+            loss = PeerLost(losses[0]) if losses and not isinstance(error, BigDLError) else _loss(error)
+            if loss is None:
+                raise
+            raise loss from error
         finally:
             shipped.drop()
             if result:
                 result.close()
 
 
-def _listen(host: str, observer: Observer) -> Any:
+def _loss(error: Exception) -> PeerLost | MeetingTimeout | None:
+    """What Spark reports of a lost rank as an error of ours; None for every other error."""
+    if isinstance(error, BigDLError):
+        return None
+    text = str(error)
+    found = _LOST.search(text)
+    if found is None:
+        return None
+    kind = MeetingTimeout if "MeetingTimeout: " in text else PeerLost
+    return kind(found[2] or found[0])
+
+
+def _may_speak_in_clear(sc: SparkContext, allowed: bool) -> bool:
+    """Whether anything may travel past Spark's encryption; RecipeError where training needs it and may not."""
+    if allowed or not encrypts(sc):
+        return True
+    if not on_this_machine(sc):
+        raise RecipeError(
+            f"Spark's encryption is on, and ranks of the barrier engine on several machines ({sc.master}) speak to each other "
+            "past Spark, authenticated but in clear: take engine='shuffle', or allow it with "
+            "engine=BarrierEngine(allow_clear=True)"
+        )
+    return False
+
+
+def _listen(host: str | None, observer: Observer, keeper: Keeper | None, deadline: float, lost: Callable[[str], None]) -> Any:
+    if host is None:
+        return contextlib.nullcontext()
     try:
-        return Listener(host, secrets.token_hex(16), observer)
+        return Listener(host, secrets.token_hex(16), observer, keeper, deadline, lost)
     except OSError:  # the driver's own host name cannot be bound here: no live lines, the rest works
         return contextlib.nullcontext()
 
@@ -100,8 +195,11 @@ class _Way:
 
     shipped: Shipped
     result: str
-    live: tuple[str, int, str] | None
+    live: Address | None
     share_memory: bool
+    secret: str = field(repr=False)  # of the run: what ranks prove to one another
+    beside: bool  # whether the driver is on the ranks' machine
+    versions: dict[str, str]  # of the driver's packages
 
 
 def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None) -> Outcome:
@@ -134,9 +232,13 @@ def _task(packed: bytes, way: _Way) -> Callable[[Iterator[pa.RecordBatch]], Iter
     def main(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         settle()
         try:
+            require_versions(way.versions)
             recipe = unpack(packed)
-        except Exception as error:  # the same on every rank, so none of them waits
-            yield _row("error", BarrierTaskContext.get().partitionId(), json.dumps(foreign(error)).encode())
+        except Exception as error:
+            context = BarrierTaskContext.get()
+            context.allGather(json.dumps({"failure": True}))  # other executors may have no trouble, and wait
+            told = report(error, "an executor") if isinstance(error, BigDLError) else foreign(error)
+            yield _row("error", context.partitionId(), json.dumps(told).encode())
             return
         yield from _rank(batches, recipe, way)
         gc.collect()  # a reused worker must not keep this fit's block mapped
@@ -149,11 +251,12 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
     rank = context.partitionId()
     where = f"rank {rank} (partition {rank})"
     mine, failure = None, None
+    speaker = Speaker(way.live, rank, way.share_memory and way.beside)
     try:
         mine = share(batches, recipe.columns, rank)
     except Exception as error:
         failure = report(error, where)
-    hall = _Hall(context, recipe, way.share_memory)
+    hall = Hall(context, recipe, way.share_memory, way.secret)
     try:
         everyone = hall.gather(mine, failure)
         if failure or any(other["failure"] for other in everyone):
@@ -165,10 +268,11 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             agreed = agree([other["shapes"] for other in everyone], recipe.columns)
             mine = nothing(recipe.columns, agreed) if mine is None else mine
             meeting = hall.enter(everyone)
-            speaker = Speaker(way.live if rank == 0 else None)
             start = way.shipped.read(meeting.block.weights if meeting.place.local == 0 else None)
-            outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker)
-            speaker.close()
+            keep = _ToDriver(speaker, recipe, rank)
+            outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker, keep)
+        except MeetingTimeout:
+            raise  # a rank hangs: only the end of the stage will end it
         except Exception as error:
             if meeting is not None:
                 meeting.fail()
@@ -179,7 +283,23 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             yield from _result(outcome, way.result)
         meeting.close()
     finally:
+        speaker.close()
         hall.leave()
+
+
+class _ToDriver:
+    """Brings this rank's parts to the driver; rank 0 says when, beside the checkpoints that are due."""
+
+    def __init__(self, speaker: Speaker, recipe: Recipe, rank: int) -> None:
+        self.speaker, self.every, self.last = speaker, recipe.recovery if rank == 0 else math.inf, time.monotonic()
+
+    @property
+    def wish(self) -> bool:
+        return self.speaker.connected and time.monotonic() - self.last >= self.every
+
+    def __call__(self, part: Part) -> None:
+        self.speaker.give(part)
+        self.last = time.monotonic()
 
 
 def _row(kind: str, rank: int, payload: bytes | memoryview, part: int = 0) -> pa.RecordBatch:
@@ -201,83 +321,3 @@ def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
     # hexadecimal floats: JSON has no NaN, and the bits must survive
     rest = {"history": outcome.history, "shapes": outcome.shapes, "buffers": [x.hex() for x in outcome.buffers.tolist()]}
     yield _row("rest", 0, json.dumps(rest).encode())
-
-
-class _Hall:
-    """Where ranks find one another: who shares memory with whom, and the address of those who do not.
-
-    Each rank leaves a token file where shared memory would be; those who can see it are on its node. The token of a
-    node's first rank becomes the block. Tokens are gone before training begins, so a killed rank leaves nothing behind.
-    """
-
-    def __init__(self, context: BarrierTaskContext, recipe: Recipe, share_memory: bool) -> None:
-        self.context, self.recipe = context, recipe
-        self.rank = context.partitionId()
-        self.host = context.getTaskInfos()[self.rank].address.rsplit(":", 1)[0]
-        self.device = gpu(context)
-        self.store: Store | None = None
-        size = block_size(recipe, recipe.num_workers).nbytes
-        self.share_memory = share_memory and self.device is None
-        folder = home(size, local_dir())
-        self.token = Path(folder) / f"bigdl_lite-{recipe.run}-{secrets.token_hex(8)}"
-
-    def gather(self, mine: Batch | None, failure: dict[str, str] | None) -> list[dict[str, Any]]:
-        """What every rank has to say, in rank order: the one all-gather through Spark, which takes up to a second."""
-        if self.share_memory:
-            self.token.touch(mode=0o600)
-        port = 0
-        if self.rank == 0:
-            self.store = Store(self.host, 0, True, self.recipe.deadline)
-            port = self.store.port
-        hello = {
-            "host": self.host, "port": port, "token": str(self.token), "failure": failure is not None,
-            "rows": mine.rows if mine else 0, "shapes": shapes(mine),
-        }  # fmt: skip
-        return [json.loads(told) for told in self.context.allGather(json.dumps(hello))]
-
-    def enter(self, everyone: list[dict[str, Any]]) -> Meeting:
-        recipe, p = self.recipe, len(everyone)
-        seen = [r for r in range(p) if r == self.rank or (self.share_memory and os.path.exists(everyone[r]["token"]))]
-        nodes: tuple[tuple[int, ...], ...] = (tuple(range(p)),)
-        if len(seen) < p:
-            if self.store is None:
-                self.store = Store(everyone[0]["host"], everyone[0]["port"], False, recipe.deadline)
-            self.store.put(f"node/{self.rank}", json.dumps(seen).encode())
-            views = [tuple(json.loads(self.store.get(f"node/{r}"))) for r in range(p)]
-            nodes = tuple(sorted(set(views)))
-            if sorted(r for ranks in nodes for r in ranks) != list(range(p)):
-                raise PeerLost(f"ranks do not agree on who shares memory with whom: {views}")
-        place = Place(self.rank, nodes)
-        block = self._block(place, everyone)
-        rail = leaders = None
-        if len(nodes) > 1:
-            assert self.store is not None
-            ip = socket.gethostbyname(self.host)
-            if place.local < place.rails:
-                rail = Group(self.store, f"rail{place.local}", place.node, len(nodes), ip, self.device)
-            if place.local == 0:
-                leaders = Group(self.store, "leaders", place.node, len(nodes), ip)
-        return Meeting(place, block, rail, leaders)
-
-    def _block(self, place: Place, everyone: list[dict[str, Any]]) -> Block:
-        ranks = place.nodes[place.node]
-        size = block_size(self.recipe, len(ranks))
-        if len(ranks) == 1:
-            block = Block(private(size.nbytes), size, 0, self.recipe.deadline, watch=False)
-            if self.device is not None:
-                block.weights = block.weights.to(self.device)
-                block.grads = [grad.to(self.device) for grad in block.grads]
-            return block
-        path = Path(everyone[ranks[0]]["token"])
-        if place.local == 0:
-            memory = create(path, size.nbytes)
-        else:
-            memory = join(path, size.nbytes, self.recipe.deadline)
-        block = Block(memory, size, place.local, self.recipe.deadline)
-        block.wait()  # all have it open
-        self.leave()
-        return block
-
-    def leave(self) -> None:
-        """Removes this rank's token; a mapped block lives on until its last rank lets go."""
-        self.token.unlink(missing_ok=True)

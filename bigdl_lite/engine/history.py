@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,20 @@ class History:
         self._every, self._observer = log_interval, observer
         self._epoch: dict[str, Any] = {}
         self._line: dict[str, Any] | None = None  # the last step, until its bytes are known
+        self._since = [0.0, 0]  # loss summed over rows, and rows, since the last checkpoint
 
-    def start(self, plan: np.ndarray, epochs: int) -> None:
-        """plan [S, p]: the rows that each share gives to each step of an epoch."""
+    def start(self, plan: np.ndarray, epochs: int, sums: Mapping[str, Any] | None = None) -> None:
+        """plan [S, p]: the rows that each share gives to each step of an epoch. sums: of the state to go on from."""
+        if sums:
+            self._epoch, self._since = dict(sums["epoch"]), list(sums["since"])
         self._observer({"start": {"steps": len(plan) * epochs, "epochs": epochs, "rows": int(plan.sum())}})
+
+    def sums(self, saved: bool) -> dict[str, Any]:
+        """What start() must know to go on from here, and "loss", the mean since the checkpoint before. saved: this is one."""
+        loss, rows = self._since
+        if saved:
+            self._since = [0.0, 0]
+        return {"epoch": dict(self._epoch), "since": list(self._since), "loss": loss / rows if rows else math.nan}
 
     def step(self, step: int, epoch: int, sides: Sequence[Side], loss: float, seconds: float, lr: float) -> None:
         """One step; sent() follows when the bytes of all ranks are known."""
@@ -59,6 +69,8 @@ class History:
         for key in (*_SUMS, "rows"):
             total[key] += line[key]
         total["loss"] += line["loss"] * line["rows"]
+        self._since[0] += line["loss"] * line["rows"]
+        self._since[1] += line["rows"]
         total["steps"] += 1
         self._epoch = total
         if line["step"] % self._every == 0:

@@ -17,6 +17,7 @@ import torch
 from bigdl_lite.batch import Batch
 from bigdl_lite.comm.block import Block, private
 from bigdl_lite.data.arrow import agree, nothing, shapes, share
+from bigdl_lite.engine.keeper import Keep, forget
 from bigdl_lite.engine.meeting import Meeting, Place
 from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
@@ -30,7 +31,7 @@ class LocalEngine:
 
     name = "local"
 
-    def fit(self, frame: Frame, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome:
+    def fit(self, frame: Frame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keep = forget) -> Outcome:
         """Trains on `frame`, the record batches of each worker's share."""
         p = recipe.num_workers
         if len(frame) != p:
@@ -38,7 +39,7 @@ class LocalEngine:
         found = [share(batches, recipe.columns, rank) for rank, batches in enumerate(frame)]
         agreed = agree([shapes(x) for x in found], recipe.columns)
         full = [nothing(recipe.columns, agreed) if x is None else x for x in found]
-        return _Threads(recipe, start, full, observer).run()
+        return _Threads(recipe, start, full, observer, keep).run()
 
 
 @contextlib.contextmanager
@@ -53,8 +54,8 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Threads:
-    def __init__(self, recipe: Recipe, start: Start, shares: list[Batch], observer: Observer) -> None:
-        self.recipe, self.start, self.shares, self.observer = recipe, start, shares, observer
+    def __init__(self, recipe: Recipe, start: Start, shares: list[Batch], observer: Observer, keep: Keep) -> None:
+        self.recipe, self.start, self.shares, self.observer, self.keep = recipe, start, shares, observer, keep
         self.turn = threading.Lock()
         self.outcome: Outcome | None = None
         self.errors: dict[int, BaseException] = {}
@@ -89,7 +90,7 @@ class _Threads:
         with self.turn:
             try:
                 counts = [x.rows for x in self.shares]
-                outcome = train(self.shares[r], counts, self.recipe, self.start, meeting, self.observer)
+                outcome = train(self.shares[r], counts, self.recipe, self.start, meeting, self.observer, self.keep)
                 if r == 0:
                     self.outcome = Outcome(outcome.weights.clone(), outcome.buffers, outcome.history, LocalEngine.name, outcome.shapes)
             except BaseException as error:

@@ -27,7 +27,7 @@ from bigdl_lite.comm.group import Group
 from bigdl_lite.vector import Cut
 
 # the first numbers of a side; buffers follow
-_ROWS, _WEIGHT, _LOSS, _COMPUTE, _DATA, _BYTES, _MEASURE, SIDE = range(8)
+_ROWS, _WEIGHT, _LOSS, _COMPUTE, _DATA, _BYTES, _MEASURE, _WISH, SIDE = range(9)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Meeting:
     def __init__(self, place: Place, block: Block, rail: Group | None, leaders: Group | None) -> None:
         self.place, self.block, self.rail, self.leaders = place, block, rail, leaders
         self.owns = place.local < place.rails
+        self.owners = place.rails * len(place.nodes)
+        self.wished = False  # whether rank 0 wants the state after this step to be kept; known to all after sides()
         self._told = 0  # bytes already accounted for
 
     def divide(self, cuts: Sequence[Cut]) -> None:
@@ -73,10 +75,12 @@ class Meeting:
         self.slice = list(cuts[first : first + m]) if self.owns else [(0, 0)] * m
         self.cut = self.slice[self.place.node]
 
-    def tell(self, rows: int, weight: float, loss: float, compute_s: float, data_s: float, buffers: Tensor) -> None:
+    def tell(
+        self, rows: int, weight: float, loss: float, compute_s: float, data_s: float, buffers: Tensor, wish: bool = False
+    ) -> None:  # fmt: skip
         """Puts this rank's side on the table."""
         mine = self.block.sides[self.place.rank]
-        mine[:SIDE] = torch.tensor([rows, weight, loss, compute_s, data_s, self._sent(), 0.0], dtype=torch.float64)
+        mine[:SIDE] = torch.tensor([rows, weight, loss, compute_s, data_s, self._sent(), 0.0, wish], dtype=torch.float64)
         mine[SIDE:] = buffers
 
     def _sent(self) -> int:
@@ -91,13 +95,14 @@ class Meeting:
         self._spread(self.block.sides)
         table = self.block.sides.clone()
         numbers = table[:, :SIDE].tolist()
+        self.wished = bool(numbers[0][_WISH])
         sides = [
             Side(r, int(x[_ROWS]), x[_WEIGHT], x[_LOSS], x[_COMPUTE], x[_DATA], table[r, SIDE:]) for r, x in enumerate(numbers)
         ]
         return sides, int(sum(x[_BYTES] for x in numbers))
 
     def sent(self) -> int:
-        """The bytes that all ranks sent in the last step of an epoch, whose number no later side carries."""
+        """The bytes that all ranks sent in the last step, where no later side will carry their number."""
         self.block.sides[self.place.rank, _BYTES] = self._sent()
         self.block.wait()
         self._spread(self.block.sides)

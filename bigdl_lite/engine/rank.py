@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from bigdl_lite.algorithms import merge_buffers
+from bigdl_lite.algorithms import durable, merge_buffers
 from bigdl_lite.batch import Batch, mix, order, quotas
 from bigdl_lite.comm.block import Size
 from bigdl_lite.data.arrow import shapes
 from bigdl_lite.engine.history import History, mean_loss
+from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.meeting import SIDE, Meeting
-from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start
+from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt
 from bigdl_lite.model.batchnorm import SyncBatchNorm, connect
 from bigdl_lite.model.layout import read_buffers
 from bigdl_lite.model.replica import Replica
@@ -28,13 +29,14 @@ def block_size(recipe: Recipe, q: int) -> Size:
 
 
 def train(
-    share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer
+    share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep = forget
 ) -> Outcome:
     """Trains to the end; every rank returns the same weights and buffers. Rank 0 keeps the history and calls the observer.
 
     share   this rank's rows, perhaps none (but of the shapes that all shares have)
     start   its weights count on the first rank of each node only, and may be those of the block already
     counts  the rows of every rank
+    keep    takes this rank's part of the state after a step where a checkpoint is due, or where rank 0 asks for one
     """
     rank, method, block = meeting.place.rank, recipe.round, meeting.block
     replica = Replica(recipe.blueprint, block.weights, block.grads[meeting.place.local], start.constants, recipe.loss)
@@ -47,20 +49,25 @@ def train(
     advancer = method.advance.start(replica, meeting.cut)
     plan = quotas(counts, recipe.batch_size)
     history = History(recipe.log_interval, observer if rank == 0 else lambda event: None)
-    history.start(plan, recipe.epochs)
-    step = 0
-    for epoch in range(recipe.epochs):
+    history.start(plan, recipe.epochs, start.resume.sums if start.resume else None)
+    if start.resume:
+        start.resume.check(dealt(recipe, counts))
+        durable(method.advance)
+        advancer.restore(start.resume.state)
+    step, first, begun = start.now
+    for epoch in range(first, recipe.epochs):
         deal = order(share.rows, recipe.seed, epoch, rank)
-        at = 0
-        for quota in plan:
+        past = begun if epoch == first else 0
+        row = int(plan[:past, rank].sum())
+        for at, quota in enumerate(plan[past:], past + 1):
             began = time.perf_counter()
             mine = int(quota[rank])
-            batch = share.take(deal[at : at + mine]).to(block.weights.device)
-            at += mine
+            batch = share.take(deal[row : row + mine]).to(block.weights.device)
+            row += mine
             ready = time.perf_counter()
             told, loss = method.local(replica, [batch], mix(recipe.seed, 2, step, rank))
             done = time.perf_counter()
-            meeting.tell(mine, told.weight, loss, done - ready, ready - began, replica.buffers)
+            meeting.tell(mine, told.weight, loss, done - ready, ready - began, replica.buffers, keep.wish)
             sides, sent = meeting.sides()
             history.sent(sent)
             mean = mean_loss(sides, step)
@@ -77,6 +84,17 @@ def train(
             meeting.publish()
             history.step(step, epoch, sides, mean, time.perf_counter() - began, advancer.rates()[0])
             step += 1
-        history.sent(meeting.sent())
-        advancer.end_epoch(history.epoch(epoch))
+            last = at == len(plan)
+            now = Position(step, epoch + last, 0 if last else at)
+            due = recipe.due(now)
+            if last or due or meeting.wished:
+                history.sent(meeting.sent())
+            if last:
+                advancer.end_epoch(history.epoch(epoch))
+            if due or meeting.wished:
+                sums = history.sums(due)
+                if meeting.owns:
+                    weights = block.weights[slice(*meeting.cut)]
+                    mine_of_it = weights, advancer.state(), meeting.owners
+                    keep(Part(now, due, rank, meeting.cut, *mine_of_it, replica.buffers, sums, history.lines, counts, shapes(share)))
     return Outcome(block.weights, read_buffers(replica.module, replica.layout), history.lines, shapes=shapes(share))

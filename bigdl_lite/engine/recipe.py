@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from bigdl_lite.algorithms import Round
+from bigdl_lite.algorithms import Round, State
 from bigdl_lite.data.columns import Columns
-from bigdl_lite.errors import RecipeError
+from bigdl_lite.errors import CheckpointError, RecipeError
 from bigdl_lite.model.layout import Blueprint
 from bigdl_lite.model.replica import Loss
 
@@ -26,12 +26,42 @@ def silent(event: Event) -> None:
     """The observer that looks away."""
 
 
+class Position(NamedTuple):
+    """A moment between two steps: steps done in all, the epoch of the next one, and the steps of that epoch already done."""
+
+    step: int
+    epoch: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints after every `interval` steps or epochs (unit "step" or "epoch"), and after the last step."""
+
+    interval: int
+    unit: str = "epoch"
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise RecipeError(f"checkpointInterval is {self.interval}, must be at least 1")
+        if self.unit not in ("step", "epoch"):
+            raise RecipeError(f"checkpointUnit is {self.unit!r}, must be 'step' or 'epoch'")
+
+    def due(self, now: Position, epochs: int) -> bool:
+        if now.epoch == epochs:
+            return True
+        return now.step % self.interval == 0 if self.unit == "step" else now.at == 0 and now.epoch % self.interval == 0
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to train and how; nothing of where. It travels to every executor once, without the weights.
 
     batch_size   rows of one step over all workers
     deadline     seconds that any wait between ranks may take before it is an error
+    saving       when checkpoints are due; None: never
+    recovery     seconds between the states that the barrier engine keeps to go on from after a loss; inf: none
+    recoveries   losses after which a fit gives up
     log_interval a step is kept in the history where step % log_interval == 0 (epochs always are)
     """
 
@@ -46,6 +76,9 @@ class Recipe:
     log_interval: int = 1
     deadline: float = 120.0
     run: str = "run"
+    saving: Saving | None = None
+    recovery: float = 60.0
+    recoveries: int = 3
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -56,6 +89,36 @@ class Recipe:
                 raise RecipeError(f"{name} is {value}, must be at least 1")
         if not self.deadline > 0:
             raise RecipeError(f"deadline is {self.deadline} s, must be above 0")
+        if not self.recovery >= 0:
+            raise RecipeError(f"recoveryInterval is {self.recovery} s, must be at least 0")
+
+    def due(self, now: Position) -> bool:
+        """Whether a checkpoint is due at this moment."""
+        return self.saving is not None and self.saving.due(now, self.epochs)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a fit goes on from, beside the weights: where it stood, the server side, and the running sums of its history.
+
+    dealt  what decides which rows a step takes: rows of each share, batch size, seed
+    """
+
+    now: Position
+    state: State
+    sums: dict[str, Any]
+    dealt: dict[str, Any]
+
+    def check(self, dealt: dict[str, Any]) -> None:
+        """Raises CheckpointError where an epoch that had begun would be dealt in another way."""
+        other = [key for key, value in dealt.items() if self.now.at and self.dealt.get(key) != value]
+        if other:
+            key = other[0]
+            raise CheckpointError(
+                f"the checkpoint of step {self.now.step} lies inside epoch {self.now.epoch}, which was dealt with {key} "
+                f"{self.dealt.get(key)}; this fit has {dealt[key]}, so that some rows would come twice: give what it had, or go on "
+                "from the end of an epoch (checkpointUnit='epoch')"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,6 +128,11 @@ class Start:
     weights: Tensor
     buffers: Tensor
     constants: dict[str, Tensor]
+    resume: Resume | None = None
+
+    @property
+    def now(self) -> Position:
+        return self.resume.now if self.resume else Position(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -84,7 +152,14 @@ class Outcome:
     shapes: list[list[int]] = field(default_factory=list)
 
 
+def dealt(recipe: Recipe, counts: Any) -> dict[str, Any]:
+    """What decides which rows a step takes: see Resume."""
+    return {"rows of shares": list(counts), "batchSize": recipe.batch_size, "seed": recipe.seed}
+
+
 class Engine(Protocol):
     name: str
 
-    def fit(self, frame: Any, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome: ...
+    def fit(self, frame: Any, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome:
+        """With checkpoints there is one argument more, keep (see keeper.py), which takes the state where recipe.due() says so."""
+        ...

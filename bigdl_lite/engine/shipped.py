@@ -14,15 +14,16 @@ import contextlib
 import math
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from pyspark import SparkContext
 from torch import Tensor
 
+from bigdl_lite.algorithms import State
 from bigdl_lite.comm.window import Look, Window, available, look
-from bigdl_lite.engine.recipe import Start
+from bigdl_lite.engine.recipe import Resume, Start
 from bigdl_lite.engine.spark import encrypts, on_this_machine
 from bigdl_lite.errors import PeerLost
 from bigdl_lite.wire.codec import on_bytes
@@ -30,6 +31,7 @@ from bigdl_lite.wire.codec import on_bytes
 _PIECE = 1 << 26
 _ALIGN = 64
 _SMALL = 1 << 20  # bytes
+_CONSTANT, _STATE = "constant.", "state."
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,22 @@ class Shipped:
     pieces: list[Any]
     key: str  # unique to this value, for caches on executors
     application: str
+    resume: Resume | None = None  # without its tensors, which travel as the weights do
     _window: list[Window] = field(default_factory=list, repr=False)
 
     @staticmethod
     def send(sc: SparkContext, start: Start, may_map: bool = False) -> Shipped:
         """may_map: whether tasks may look at this process's memory; they must have ended before drop()."""
-        tensors = {"weights": start.weights, "buffers": start.buffers, **{f"constant.{k}": x for k, x in start.constants.items()}}
+        tensors = {"weights": start.weights, "buffers": start.buffers, **{_CONSTANT + k: x for k, x in start.constants.items()}}
+        resume = start.resume
+        if resume is not None:
+            tensors |= {_STATE + k: x for k, x in resume.state.tensors.items()}
+            resume = replace(resume, state=State({}, resume.state.facts))
         places, at = {}, 0
         for name, x in tensors.items():
             places[name] = _Place(at, tuple(x.shape), x.dtype)
             at = -(-(at + places[name].nbytes) // _ALIGN) * _ALIGN
-        made = Shipped(places, at, "", [], uuid.uuid4().hex, sc.applicationId)
+        made = Shipped(places, at, "", [], uuid.uuid4().hex, sc.applicationId, resume)
         window = mappable(sc, at) if may_map else None
         if window is not None:
             for name, x in tensors.items():
@@ -80,7 +87,7 @@ class Shipped:
     def read(self, weights: Tensor | None = None) -> Start:
         """weights [n], on any device, is filled where it is given; without it Start.weights is empty.
 
-        The constants may lie in memory that is shared and must not be written to.
+        The constants, and the state to go on from, may lie in memory that is shared and must not be written to.
         """
         source = look(self.address) if self.address else None
         if self.address and source is None:
@@ -91,8 +98,12 @@ class Shipped:
             if name == "weights" and weights is None:
                 continue
             found[name] = self._tensor(place, source, into)
-        constants = {name.removeprefix("constant."): x for name, x in found.items() if name.startswith("constant.")}
-        return Start(found.get("weights", torch.empty(0, dtype=self.places["weights"].dtype)), found["buffers"], constants)
+        constants, state = (
+            {name.removeprefix(prefix): x for name, x in found.items() if name.startswith(prefix)} for prefix in (_CONSTANT, _STATE)
+        )
+        resume = self.resume and replace(self.resume, state=State(state, self.resume.state.facts))
+        weights = found.get("weights", torch.empty(0, dtype=self.places["weights"].dtype))
+        return Start(weights, found["buffers"], constants, resume)
 
     def _tensor(self, place: _Place, source: Look | None, into: Tensor | None) -> Tensor:
         if source is not None:

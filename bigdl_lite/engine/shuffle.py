@@ -42,13 +42,15 @@ from bigdl_lite.batch import quotas
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
 from bigdl_lite.engine.history import History, mean_loss
+from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.pack import pack
-from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
+from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
 from bigdl_lite.engine.routes import Blind, Ground, MemoryRoute, Route, ShuffleRoute, window_for
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import is_classic, jobs, on_this_machine, slots
 from bigdl_lite.engine.tasks import TOKEN, Order, decoder_of, remover_of, state_in
-from bigdl_lite.errors import RecipeError, revive
+from bigdl_lite.engine.worker import versions
+from bigdl_lite.errors import RecipeError, blamed, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.wire.codec import Codec, Raw
@@ -68,7 +70,7 @@ class ShuffleEngine:
     def __init__(self, codec: Codec | None = None, share_memory: bool = True) -> None:
         self.codec, self.share_memory = codec, share_memory
 
-    def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome:
+    def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keep = forget) -> Outcome:
         """Trains on a frame of recipe.num_workers partitions (see spark.arrange)."""
         if not is_classic(frame):
             raise RecipeError("engine='shuffle' needs RDDs, which Spark Connect does not have: take engine='barrier'")
@@ -82,7 +84,8 @@ class ShuffleEngine:
         if window is None or not on_this_machine(sc):
             _check_size(sc, start.weights)
         with jobs(sc, f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
-            return _Rounds(frame, recipe, start, observer, self.codec or Raw(recipe.blueprint.layout.dtype), window).run()
+            codec = self.codec or Raw(recipe.blueprint.layout.dtype)
+            return _Rounds(frame, recipe, start, observer, codec, window, keep).run()
 
 
 def _check_size(sc: SparkContext, weights: Tensor) -> None:
@@ -101,9 +104,9 @@ def _check_size(sc: SparkContext, weights: Tensor) -> None:
 
 class _Rounds:
     def __init__(
-        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, codec: Codec, window: Window | None
+        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, codec: Codec, window: Window | None, keep: Keep
     ) -> None:
-        self.frame, self.recipe, self.codec, self.window = frame, recipe, codec, window
+        self.frame, self.recipe, self.codec, self.window, self.start, self.keep = frame, recipe, codec, window, start, keep
         self.sc = frame.sparkSession.sparkContext
         found = recipe.blueprint.layout
         if window is None:
@@ -118,7 +121,10 @@ class _Rounds:
         method = recipe.round.advance
         self.cuts = method.cuts(self.replica, max(1, k))
         self.advancers = [method.start(self.replica, cut) for cut in self.cuts]
-        self.shipped = Shipped.send(self.sc, replace(start, weights=start.weights[:0]), may_map=window is not None)
+        if start.resume:
+            for advancer in self.advancers:
+                advancer.restore(start.resume.state)
+        self.shipped = Shipped.send(self.sc, replace(start, weights=start.weights[:0], resume=None), may_map=window is not None)
         self.static = self.sc.broadcast(pack((recipe, codec)))
 
     def run(self) -> Outcome:
@@ -127,17 +133,21 @@ class _Rounds:
         try:
             counts, found, sees = self._counts(tokens)
             plan = quotas(counts, self.recipe.batch_size)
-            self.history.start(plan, self.recipe.epochs)
-            dealt = np.cumsum(plan, axis=0) - plan
+            resume = self.start.resume
+            self.history.start(plan, self.recipe.epochs, resume.sums if resume else None)
+            if resume:
+                resume.check(dealt(self.recipe, counts))
+            begins = np.cumsum(plan, axis=0) - plan
             base = Order(self.recipe.run, counts, tuple(self.cuts))
             ground = Ground(
                 self.sc, tokens, self.recipe, self.codec, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),
             )  # fmt: skip
             route = MemoryRoute(ground, self.window) if self.window is not None and sees else ShuffleRoute(ground)
-            step = 0
-            for epoch in range(self.recipe.epochs):
-                for first, quota in zip(dealt, plan, strict=True):
+            step, first_epoch, begun = self.start.now
+            for epoch in range(first_epoch, self.recipe.epochs):
+                past = begun if epoch == first_epoch else 0
+                for at, (first, quota) in enumerate(zip(begins[past:], plan[past:], strict=True), past + 1):
                     order = replace(base, round=step, epoch=epoch, first=tuple(first.tolist()), quota=tuple(quota.tolist()))
                     try:
                         self._round(route, order)
@@ -148,19 +158,31 @@ class _Rounds:
                         route = ShuffleRoute(ground)
                         self._round(route, order)
                     step += 1
-                mean = self.history.epoch(epoch)
-                for advancer in self.advancers:
-                    advancer.end_epoch(mean)
+                    last = at == len(plan)
+                    if last:
+                        mean = self.history.epoch(epoch)
+                        with blamed("the driver, in the scheduler"):
+                            for advancer in self.advancers:
+                                advancer.end_epoch(mean)
+                    self._keep(Position(step, epoch + last, 0 if last else at), counts, found)
         finally:
             if self.window is not None:
                 self.window.close()
             self._clean(tokens)
         return Outcome(self.weights, self.buffers, self.history.lines, ShuffleEngine.name, found)
 
+    def _keep(self, now: Position, counts: tuple[int, ...], found: Shapes) -> None:
+        if not self.recipe.due(now):
+            return
+        sums = self.history.sums(True)
+        for rank, (cut, advancer) in enumerate(zip(self.cuts, self.advancers, strict=True)):
+            mine = self.weights[slice(*cut)], advancer.state(), len(self.cuts)
+            self.keep(Part(now, True, rank, cut, *mine, self.buffers, sums, self.history.lines, counts, found))
+
     def _ingest(self) -> RDD[Any]:
         """One token a partition; computing it puts the decoded share on the executor's disk."""
         address = self.window.address if self.window is not None else ""
-        return self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address), TOKEN).rdd
+        return self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address, versions()), TOKEN).rdd
 
     def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], Shapes, bool]:
         """The rows of every share, the shapes of one row, and whether all workers see the driver's memory."""
@@ -177,9 +199,10 @@ class _Rounds:
         began = time.perf_counter()
         sides, updates, sent = route.round(order, self.weights, self.buffers)
         mean = mean_loss(sides, order.round)
-        measured = sum(a.measure(u) for a, u in zip(self.advancers, updates, strict=True))
-        for advancer, update in zip(self.advancers, updates, strict=True):
-            advancer.step(update, measured)
+        with blamed("the driver, in the optimizer or scheduler"):
+            measured = sum(a.measure(u) for a, u in zip(self.advancers, updates, strict=True))
+            for advancer, update in zip(self.advancers, updates, strict=True):
+                advancer.step(update, measured)
         if self.recipe.blueprint.layout.m:
             self.replica.buffers = merge_buffers(sides)
             self.buffers = self.replica.buffers  # as rounded to their own dtypes

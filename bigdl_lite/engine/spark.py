@@ -30,7 +30,7 @@ from pyspark.sql.types import (
     UserDefinedType,
 )  # fmt: skip
 
-from bigdl_lite.data.columns import Columns, Decoder, Name, describe, flat, require, title
+from bigdl_lite.data.columns import Columns, Decoder, Name, describe, field, flat, require, title
 from bigdl_lite.errors import DataError, RecipeError
 
 ROW = "__bigdl_lite_row"  # the column of row numbers, where rows have to be put in order again
@@ -40,19 +40,33 @@ def select(frame: DataFrame, names: Sequence[Name]) -> DataFrame:
     """The named columns, each of a type that Arrow can carry: ml vectors become arrays, decimals doubles.
 
     Columns that are named together become one array: one value a row is much cheaper for Spark than two hundred.
+    What comes out is named as field() says, which is safe where the user's name is not.
 
-    Raises DataError where a name is missing.
+    Raises DataError where a name is missing or stands for several columns.
     """
     names = list({title(name): name for name in names}.values())
     made = as_columns(frame, names)
-    return frame.select(*(column.alias(title(name)) for name, column in zip(names, made, strict=True)))
+    return frame.select(*(column.alias(field(title(name))) for name, column in zip(names, made, strict=True)))
 
 
 def as_columns(frame: DataFrame, names: Sequence[Name]) -> list[Column]:
     """Each column, or group of columns, as an expression of a type that Arrow can carry."""
-    require(flat(names), frame.columns)
-    kinds = {field.name: field.dataType for field in frame.schema.fields}
+    wanted, schema = flat(names), frame.schema
+    require(wanted, schema.names)
+    _require_one(wanted, schema.names, frame)
+    kinds = {found.name: found.dataType for found in schema.fields}
     return [_as_column(name, kinds[name]) if isinstance(name, str) else _as_array(name, kinds) for name in names]
+
+
+def _require_one(names: Sequence[str], present: Sequence[str], frame: DataFrame) -> None:
+    """Raises DataError where Spark, which takes x and X for one name unless it is told otherwise, would find several."""
+    if len({name.lower() for name in present}) == len(present):
+        return
+    exact = str(frame.sparkSession.conf.get("spark.sql.caseSensitive", "false")).lower() == "true"
+    for name in names:
+        alike = [other for other in present if other == name or (not exact and other.lower() == name.lower())]
+        if len(alike) > 1:
+            raise DataError(f"column {name!r} is ambiguous: the DataFrame has {', '.join(map(repr, alike))}; rename one of them")
 
 
 def _as_column(name: str, kind: DataType) -> Column:
@@ -61,31 +75,33 @@ def _as_column(name: str, kind: DataType) -> Column:
 
     column = F.col(_quoted(name))
     if isinstance(kind, VectorUDT):
-        # float64, so that a column of doubles and a vector of doubles are the same to the bit
-        return vector_to_array(column)
+        # float64, so that a column of doubles and a vector of doubles are the same to the bit; it raises on a null itself
+        return F.when(column.isNotNull(), vector_to_array(column))
     if isinstance(kind, UserDefinedType):
         raise DataError(f"column {name!r} is of type {kind.simpleString()}, which no tensor can hold")
-    if isinstance(kind, DecimalType):
-        return column.cast("double")
-    if isinstance(kind, ArrayType) and isinstance(kind.elementType, DecimalType):
-        return column.cast("array<double>")
+    depth, inner = 0, kind
+    while isinstance(inner, ArrayType):
+        depth, inner = depth + 1, inner.elementType
+    if isinstance(inner, DecimalType):
+        return column.cast("array<" * depth + "double" + ">" * depth)
     return column
 
 
 def _as_array(names: Sequence[str], kinds: Mapping[str, DataType]) -> Column:
-    """One expression for all: each Column made here costs a call to the JVM."""
+    """One expression for all, because each Column made here costs calls to the JVM."""
     if not names:
         raise RecipeError("inputCols holds an empty list: name at least one column in it")
-    parts = []
+    casts = []
     for name in names:
         kind = kinds[name]
         if not isinstance(kind, NumericType | BooleanType):
             raise DataError(
                 f"column {name!r} is of type {kind.simpleString()}; columns that are named together must each hold one number a row"
             )
-        wanted = {DecimalType: "double", BooleanType: "float"}.get(type(kind))
-        parts.append(f"cast({_quoted(name)} as {wanted})" if wanted else _quoted(name))
-    return F.expr(f"array({', '.join(parts)})")
+        casts.append((_quoted(name), {DecimalType: "double", BooleanType: "float"}.get(type(kind))))
+    if any("$" in name for name in names):  # Spark replaces ${x} in SQL, also between backticks
+        return F.array(*(F.col(name).cast(wanted) if wanted else F.col(name) for name, wanted in casts))
+    return F.expr(f"array({', '.join(f'cast({name} as {wanted})' if wanted else name for name, wanted in casts)})")
 
 
 def _quoted(name: str) -> str:
@@ -97,11 +113,14 @@ def read_columns(
     decoders: Mapping[str, Decoder] | None = None, label_dtype: torch.dtype | None = None,
 ) -> Columns:  # fmt: skip
     """The Columns of a frame that came out of select(); every fault that the schema shows is an error here."""
-    try:
-        schema = to_arrow_schema(frame.schema)
-    except Exception as error:  # pyspark's own error for a type without an Arrow form
-        raise DataError(f"a column cannot be read through Arrow: {error}") from error
-    return describe(schema, inputs, label, floating, decoders, label_dtype, ROW if ROW in schema.names else None)
+    fields = []
+    for name in dict.fromkeys(title(name) for name in [*inputs, *([] if label is None else [label])]):
+        found = frame.schema[field(name)]
+        try:
+            fields += to_arrow_schema(StructType([found]))
+        except Exception as error:  # pyspark's own error for a type without an Arrow form
+            raise DataError(f"column {name!r} is of type {found.dataType.simpleString()}, which Arrow cannot carry") from error
+    return describe(pa.schema(fields), inputs, label, floating, decoders, label_dtype, ROW if ROW in frame.columns else None)
 
 
 def is_classic(frame: DataFrame) -> bool:
@@ -219,6 +238,11 @@ def note_of_job() -> str:
 def on_this_machine(sc: SparkContext) -> bool:
     """Whether all tasks run beside the driver (local[...]), so that they see the memory of this process."""
     return sc.master.split("[")[0] == "local"
+
+
+def is_elastic(sc: SparkContext) -> bool:
+    """Whether executors come and go by themselves; Spark runs no barrier stage then."""
+    return sc.getConf().get("spark.dynamicAllocation.enabled", "false").lower() == "true"
 
 
 def encrypts(sc: SparkContext) -> bool:

@@ -27,7 +27,7 @@ from bigdl_lite.engine.pack import foreign, unpack
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
-from bigdl_lite.engine.worker import local_dir, settle
+from bigdl_lite.engine.worker import local_dir, require_versions, settle
 from bigdl_lite.errors import DataError, report, revive
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.vector import Cut
@@ -121,8 +121,13 @@ _TOKEN = pa.schema([
 ])  # fmt: skip
 
 
-def decoder_of(static: Any, run: str, address: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Puts the decoded share on this executor's disk. sees: whether the driver's memory at `address` can be seen here."""
+def decoder_of(
+    static: Any, run: str, address: str, versions: dict[str, str]
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Puts the decoded share on this executor's disk. sees: whether the driver's memory at `address` can be seen here.
+
+    versions  of the driver's packages, which must be those of this executor
+    """
 
     def main(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         settle()
@@ -130,6 +135,7 @@ def decoder_of(static: Any, run: str, address: str) -> Callable[[Iterator[pa.Rec
         sees = bool(address) and look(address) is not None
         told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None, "sees": sees}
         try:
+            require_versions(versions)
             found = share(batches, _static(static, run)[0].columns, partition)
             if found is not None:
                 save(_folder(run), str(partition), found)

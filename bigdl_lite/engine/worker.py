@@ -19,9 +19,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import platform
+import socket
+import sys
 import zipimport
 
 import torch
+
+from bigdl_lite.data.manifest import VERSION
+from bigdl_lite.errors import RecipeError
 
 _done = False
 
@@ -37,6 +43,23 @@ def settle() -> None:
     with contextlib.suppress(RuntimeError):  # set before by someone else, or parallel work has begun
         torch.set_num_interop_threads(1)
     gc.freeze()
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on the driver and on every executor; pyspark itself sees to Python's."""
+    return {"bigdl_lite": VERSION, "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2])}
+
+
+def require_versions(wanted: dict[str, str]) -> None:
+    """Raises RecipeError, in a task, where this executor's packages are not those of the driver: results would differ."""
+    here = versions()
+    other = [name for name in wanted if here.get(name) != wanted[name]]
+    if other:
+        raise RecipeError(
+            f"the executor on {socket.gethostname()} has {other[0]} {here.get(other[0])}, the driver has {wanted[other[0]]} (Python "
+            f"{platform.python_version()} at {sys.executable}): install the same on all, or send one environment along "
+            "(spark-submit --archives)"
+        )
 
 
 def local_dir() -> str:

@@ -8,10 +8,11 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 
 from bigdl_lite.engine.barrier import BarrierEngine
+from bigdl_lite.engine.keeper import Keep, forget
 from bigdl_lite.engine.local import LocalEngine
 from bigdl_lite.engine.recipe import Engine, Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shuffle import ShuffleEngine
-from bigdl_lite.engine.spark import shares, slots
+from bigdl_lite.engine.spark import encrypts, is_elastic, on_this_machine, shares, slots
 from bigdl_lite.errors import RecipeError
 
 _LOG = logging.getLogger("bigdl_lite")
@@ -22,8 +23,8 @@ class _LocalFrame:
 
     name = LocalEngine.name
 
-    def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent) -> Outcome:
-        return LocalEngine().fit(shares(frame, recipe.num_workers), recipe, start, observer)
+    def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keep = forget) -> Outcome:
+        return LocalEngine().fit(shares(frame, recipe.num_workers), recipe, start, observer, keep)
 
 
 ENGINES = {"barrier": BarrierEngine, "shuffle": ShuffleEngine, "local": _LocalFrame}
@@ -32,7 +33,8 @@ ENGINES = {"barrier": BarrierEngine, "shuffle": ShuffleEngine, "local": _LocalFr
 def choose(asked: Any, workers: int | None, spark: SparkSession) -> tuple[Engine, int]:
     """The engine and the number of workers; None: one worker for each slot.
 
-    "auto" takes the barrier engine where that many tasks can run at the same time, else shuffle.
+    "auto" takes the barrier engine where that many tasks can run at the same time, executors do not come and go (dynamic
+    allocation), and the user did not ask Spark to encrypt what moves between machines; else shuffle.
     """
     free = slots(spark)
     p = free if workers is None else workers
@@ -41,7 +43,10 @@ def choose(asked: Any, workers: int | None, spark: SparkSession) -> tuple[Engine
     if not isinstance(asked, str):
         return asked, p
     if asked == "auto":
-        name = "barrier" if p <= free else "shuffle"
+        sc = spark.sparkContext
+        # what ranks say to one another is not encrypted, and Spark has no barrier where executors come and go
+        fit = on_this_machine(sc) or not (encrypts(sc) or is_elastic(sc))
+        name = "barrier" if p <= free and fit else "shuffle"
         _LOG.info("engine=%s: %d workers, %d slots", name, p, free)
         return ENGINES[name](), p
     if asked not in ENGINES:

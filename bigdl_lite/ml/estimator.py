@@ -20,21 +20,23 @@ from torch import Tensor, nn
 
 from bigdl_lite.algorithms import Round, method
 from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, TorchOptimizer
-from bigdl_lite.data.columns import Columns, Decoder
+from bigdl_lite.data.columns import Column, Decoder
 from bigdl_lite.data.parquet import FILE
 from bigdl_lite.engine.arrange import arrange
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Recipe, Start
 from bigdl_lite.engine.spark import ROW, read_columns, select
-from bigdl_lite.errors import BigDLError, RecipeError, UserError, report
+from bigdl_lite.errors import BigDLError, DivergedError, RecipeError, UserError, report
 from bigdl_lite.ml.engines import choose
-from bigdl_lite.ml.head import Head, classifier_kind
+from bigdl_lite.ml.head import classifier_kind
 from bigdl_lite.ml.model import TorchClassificationModel, TorchModel, TorchRegressionModel, model_of
-from bigdl_lite.ml.params import HasTraining, set_given
-from bigdl_lite.ml.rows import from_rdd
+from bigdl_lite.ml.params import HasTraining, check_params, set_given
+from bigdl_lite.ml.resume import about, begin, recovery_of, saving_of
+from bigdl_lite.ml.rows import computed, from_rdd, require_frame
+from bigdl_lite.ml.score import head_of
 from bigdl_lite.model.batchnorm import synchronised
-from bigdl_lite.model.layout import Blueprint, blueprint
-from bigdl_lite.model.replica import Replica, Squeezed
+from bigdl_lite.model.layout import blueprint
+from bigdl_lite.model.replica import _ELEMENTWISE, Replica, Squeezed
 from bigdl_lite.observe.progress import Progress
 
 
@@ -60,6 +62,11 @@ class TorchEstimator(Estimator, HasTraining):
     engine            "auto" | "barrier" | "shuffle" | "local", or an engine object such as ShuffleEngine(codec=...)
     clipNorm, clipValue   limits on the mean gradient, as torch's clip_grad_norm_ and clip_grad_value_
 
+    checkpointDir     folder for checkpoints, any path that pyarrow.fs opens; written by the driver. checkpointInterval and
+                      checkpointUnit ("step" or "epoch") say when, checkpointKeep how many of the newest stay beside the best
+    resume            goes on from the last checkpoint there, if there is one, to the same weights as without a break
+    recoveryInterval  seconds between the states that engine="barrier" keeps at the driver, to go on from where a rank is lost
+
     BatchNorm and other buffers, in all engines: each worker normalises with the rows of its own share (as in DDP), and
     after every step a buffer is the mean of the workers' values, weighted by their rows. syncBatchNorm=True takes the
     statistics of the whole batch instead (engines barrier and local).
@@ -80,6 +87,8 @@ class TorchEstimator(Estimator, HasTraining):
         algorithm: str | Callable[[TorchOptimizer], Round] | None = None, seed: int | None = None,
         clipNorm: float | None = None, clipValue: float | None = None, syncBatchNorm: bool | None = None,
         logInterval: int | None = None, predictBatchSize: int | None = None, progress: str | None = None,
+        checkpointDir: str | None = None, checkpointInterval: int | None = None, checkpointUnit: str | None = None,
+        checkpointKeep: int | None = None, resume: bool | None = None, recoveryInterval: float | None = None,
         deadline: float | None = None, **more: Any,
     ) -> None:  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "more", "__class__")} | more
@@ -88,6 +97,7 @@ class TorchEstimator(Estimator, HasTraining):
             inputCols=["features"], labelCol="label", predictionCol="prediction", batchSize=256, epochs=1, engine="auto",
             algorithm="sync-sgd", seed=0, optimizer=_adam, schedulerInterval="epoch", syncBatchNorm=False, logInterval=1,
             predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
+            checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0,
         )  # fmt: skip
         unknown = sorted(name for name in more if not self.hasParam(name))
         if unknown:
@@ -95,42 +105,56 @@ class TorchEstimator(Estimator, HasTraining):
         set_given(self, given)
 
     def _fit(self, dataset: DataFrame | RDD[Any]) -> TorchModel:
+        check_params(self)
         given = self._given
         maker, loss = given("module"), given("loss")
-        for name, value in (("module", maker), ("loss", loss), ("optimizer", given("optimizer"))):
-            if value is None:
-                raise RecipeError(f"{name} is not set")
-            if not callable(value):
-                raise RecipeError(f"{name} is {type(value).__name__}, must be callable")
         module = _make(maker, given("seed"))
         if given("syncBatchNorm"):
             module = synchronised(module)
-        plan, weights, buffers, constants = blueprint(module)
+        _require_values(module)
+        plan, weights, buffers, constants = _try(lambda: blueprint(module), "copy.deepcopy of the module")
         start = Start(weights, buffers, constants)
         inputs, label, decoders = self.getInputCols(), self.getLabelCol(), self.getDecoders()
         if isinstance(dataset, RDD):
-            dataset, inputs, label, decoders = from_rdd(dataset)
-        columns = _columns(select(dataset, [*inputs, label]), inputs, label, plan.layout.dtype, decoders, loss)
+            with computed():
+                dataset, inputs, label, decoders = from_rdd(dataset)
+        require_frame(dataset)
+        columns = read_columns(select(dataset, [*inputs, label]), inputs, label, plan.layout.dtype, decoders)
+        assert columns.label is not None
+        columns = replace(columns, label=self._target(columns.label, loss, plan.layout.dtype))
         advance = TorchOptimizer(
             given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue")
         )
-        round_ = method(given("algorithm"), advance)
-        _try(lambda: round_.advance.check(Replica(plan, weights.clone(), None, constants, loss)), "the optimizer or scheduler")
+        round_ = _try(lambda: method(given("algorithm"), advance), "the algorithm")
+        replica = Replica(plan, weights.clone(), None, constants, loss)
+        _try(lambda: round_.advance.check(replica), "the optimizer or scheduler")
         loss = self._loss(loss)
         check(module=plan, loss=loss, optimizer=advance, decoders=decoders)
         engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession)
-        frame = arrange(dataset, [*inputs, label], p)
+        with computed():
+            frame = arrange(dataset, [*inputs, label], p)
         columns = replace(columns, row=ROW if ROW in frame.columns else None, located=FILE in frame.columns)
         recipe = Recipe(
             plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),
-            given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}",
+            given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}", saving_of(self), recovery_of(self, round_, replica),
         )  # fmt: skip
+        start, keeper = begin(self, recipe, start, replica, lambda: about(self._model, recipe, columns, self._kind(loss), maker))
+        before = list(keeper.before) if keeper else []
         bar = Progress(given("progress"))
         try:
-            outcome = engine.fit(frame, recipe, start, bar)
+            with computed():
+                outcome = engine.fit(frame, recipe, start, bar, *([keeper] if keeper else []))
         finally:
             bar.close()
-        head = _try(lambda: self._head(plan, outcome, start, columns, loss), "the module, on rows of zeros in evaluation mode")
+            if keeper:
+                keeper.close()
+        outcome = replace(outcome, history=[*before, *outcome.history])
+        if not _finite(outcome.weights):
+            raise DivergedError("the weights are not finite after the last step; lower the learning rate or clip gradients (clipNorm)")
+        trained = Start(outcome.weights, outcome.buffers, start.constants)
+        head = _try(
+            lambda: head_of(self._kind(loss), plan, trained, columns, outcome.shapes), "the module, on rows of zeros in evaluation mode"
+        )
         model = model_of(self._model, columns, head, plan, start, outcome, maker)
         model._resetUid(self.uid)
         return self._copyValues(model)
@@ -141,29 +165,40 @@ class TorchEstimator(Estimator, HasTraining):
     def _kind(self, loss: Any) -> str:
         return "plain"
 
-    def _head(self, plan: Blueprint, outcome: Any, start: Start, columns: Columns, loss: Any) -> Head | None:
-        """What one row of output looks like: told by two rows of zeros."""
-        from bigdl_lite.ml.score import module_of
+    def _target(self, label: Column, loss: Any, floating: torch.dtype) -> Column:
+        """What the label becomes: an index for class losses (also from doubles, as ml pipelines have them), a float for
+        losses that compare it with the output value by value, else what its column says.
+        """
+        alone = label.depth == 0 and getattr(label.decoder, "shape", ()) == ()
+        if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and alone:
+            return replace(label, dtype=torch.int64)
+        if isinstance(loss, _ELEMENTWISE):
+            return replace(label, dtype=floating, unit=isinstance(loss, nn.BCEWithLogitsLoss | nn.BCELoss))
+        return label
 
-        module = module_of(plan, Start(outcome.weights, outcome.buffers, start.constants))
-        shapes = outcome.shapes[: len(columns.inputs)]
-        zeros = [torch.zeros([2, *shape], dtype=c.dtype) for c, shape in zip(columns.inputs, shapes, strict=True)]
-        with torch.inference_mode():
-            output = module(*zeros)
-        return Head(self._kind(loss), tuple(output.shape[1:])) if isinstance(output, Tensor) else None
+
+def _require_values(module: nn.Module) -> None:
+    """Raises RecipeError, which names the parameter, where training has no number to begin with."""
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter) or not p.requires_grad:
+            continue
+        if p.is_meta:
+            raise RecipeError(f"parameter {name!r} of the module is on the meta device, which holds no values: make it on the CPU")
+        if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise RecipeError(f"parameter {name!r} of the module is of {p.dtype}, must be of real floats (module.float())")
+        if not _finite(p.detach()):
+            raise RecipeError(f"parameter {name!r} of the module has NaN or infinity before training")
 
 
-def _columns(frame: DataFrame, inputs: list[str | list[str]], label: str, dtype: torch.dtype, decoders: Any, loss: Any) -> Columns:
-    columns = read_columns(frame, inputs, label, dtype, decoders)
-    classes = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and columns.label.depth == 0
-    # ml pipelines keep class indices in columns of doubles
-    return read_columns(frame, inputs, label, dtype, decoders, torch.int64) if classes else columns
+def _finite(x: Tensor) -> bool:
+    """Without the copies that torch.isfinite makes."""
+    return not x.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
 
 
 def _make(maker: Any, seed: int) -> nn.Module:
     """The module with its first weights; the global random state is left as it was."""
     if isinstance(maker, nn.Module):
-        return copy.deepcopy(maker)
+        return _try(lambda: copy.deepcopy(maker), "copy.deepcopy of the module")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = _try(maker, "the function that makes the module")
@@ -216,3 +251,6 @@ class TorchRegressor(TorchEstimator):
 
     def _loss(self, loss: Any) -> Any:
         return Squeezed(loss)
+
+    def _target(self, label: Column, loss: Any, floating: torch.dtype) -> Column:
+        return replace(super()._target(label, loss, floating), dtype=floating)

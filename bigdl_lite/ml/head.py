@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +87,7 @@ def classifier_kind(loss: object) -> str:
 def _lists(values: np.ndarray) -> pa.Array:
     """[B, a, b, ...] to nested lists, without a Python object per value."""
     array = pa.array(values.reshape(-1))
-    for width in reversed(values.shape[1:]):
-        rows = len(array) // width if width else len(values)
+    for level in range(values.ndim - 1, 0, -1):
+        rows, width = math.prod(values.shape[:level]), values.shape[level]
         array = pa.ListArray.from_arrays(pa.array(np.arange(rows + 1, dtype=np.int32) * width), array)
     return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import nn
 from bigdl_lite.data.columns import Columns
 from bigdl_lite.engine.recipe import Outcome, Start
 from bigdl_lite.engine.shipped import Shipped
+from bigdl_lite.engine.spark import read_columns, select
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.head import Head
-from bigdl_lite.ml.params import HasScoring
+from bigdl_lite.ml.params import HasScoring, check_params
+from bigdl_lite.ml.rows import require_frame
 from bigdl_lite.ml.score import Scorer, module_of, score
 from bigdl_lite.model.layout import Blueprint, blueprint
 
@@ -52,8 +55,8 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         if self._module is None:
             if self._plan is None:
                 raise RecipeError(
-                    "this model was saved with a module that cannot be found by name here: give it with model.setModule(module), "
-                    "or load with TorchModel.load(path, module=...)"
+                    "this model was saved with a module that this program has not imported: import it before loading, give it with "
+                    "model.setModule(module) or TorchModel.load(path, module=...), or say TorchModel.load(path, trust=True)"
                 )
             assert self._start is not None
             self._module = module_of(self._plan, self._start)
@@ -62,29 +65,45 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
     def setModule(self, module: nn.Module | Callable[[], nn.Module]) -> TorchModel:
         """Gives a loaded model the module that its weights belong to; names and shapes must be those that were saved."""
         from bigdl_lite.ml.persist import fit_into
+        from bigdl_lite.ml.resume import head_from
 
         assert self._start is not None
-        made = module if isinstance(module, nn.Module) else module()
+        made = module() if callable(module) and not isinstance(module, nn.Module) else module
+        if not isinstance(made, nn.Module):
+            raise RecipeError(f"setModule takes an nn.Module or a function that returns one, got a {type(made).__name__}")
         self._plan = fit_into(blueprint(made)[0], self._start, self._saved)
+        if self._head is None and self._columns is not None:
+            self._head = head_from(self._saved, self._plan, self._start, self._columns)
         self._made_by, self._module, self._shipped = module, None, None
         return self
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        column = "__bigdl_lite_score"
-        scored = dataset.withColumn(column, score(dataset, self._scorer(), self._ship(dataset)))
+        require_frame(dataset, stream=True)
+        scorer = self._scorer()
+        self._require_readable(dataset, scorer.columns)
+        column = f"__bigdl_lite_{uuid.uuid4().hex}"  # the name of no column
+        scored = dataset.withColumn(column, score(dataset, scorer, self._ship(dataset)))
         return self._spread(scored, F.col(column)).drop(column)
 
     def _spread(self, scored: DataFrame, result: Any) -> DataFrame:
         name = self.getPredictionCol()
         return scored.withColumn(name, result) if name else scored
 
+    def _require_readable(self, dataset: DataFrame, columns: Columns) -> None:
+        """Raises DataError for columns that are missing or of a type that no tensor can hold, before any job."""
+        assert self._plan is not None
+        names = [c.source for c in columns.inputs]
+        decoders = {c.name: c.decoder for c in columns.inputs if c.decoder is not None}
+        read_columns(select(dataset, names), names, None, self._plan.layout.dtype, decoders)
+
     def _scorer(self) -> Scorer:
+        check_params(self)
         if self._plan is None:
             _ = self.module  # raises with the way out
         if self._head is None:
-            raise RecipeError("transform needs a module that returns one tensor; score with model.module instead")
+            raise RecipeError("transform needs a module that returns one tensor, a row for each row; score with model.module instead")
         assert self._plan and self._columns
-        names = self.getInputCols() if self.isDefined(self.inputCols) else [c.source for c in self._columns.inputs]
+        names = self._given("inputCols") or [c.source for c in self._columns.inputs]
         if len(names) != len(self._columns.inputs):
             raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols names {len(names)}")
         inputs = tuple(c.renamed(name) for c, name in zip(self._columns.inputs, names, strict=True))
@@ -111,13 +130,23 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         return Reader(cls)
 
     @classmethod
-    def load(cls, path: str, module: nn.Module | Callable[[], nn.Module] | None = None) -> Any:
-        """The model saved at `path`.
+    def load(
+        cls, path: str, module: nn.Module | Callable[[], nn.Module] | None = None, step: int | str | None = None, trust: bool = False
+    ) -> Any:  # fmt: skip
+        """The model saved at `path`; or, where step is given, the one of a checkpoint, and path is its checkpointDir.
 
+        step    the number of a step that has a checkpoint, "last", or "best" (the lowest mean loss since the checkpoint before)
         module  the module, or a function that makes it, where the saved name of it cannot be imported here (it was
                 defined in a notebook, or given as an object); nothing in the file is ever executed
+        trust   whether the Python module that the file names may be imported, where this program has not imported it
         """
-        found = cls.read().load(path)
+        if step is not None:
+            from bigdl_lite.ml.resume import load
+
+            return load(cls, path, step, module, trust)
+        from bigdl_lite.ml.persist import Reader
+
+        found = Reader(cls, trust).load(path)
         return found.setModule(module) if module is not None else found
 
 
@@ -137,7 +166,8 @@ class TorchClassificationModel(TorchModel, HasRawPredictionCol, HasProbabilityCo
 
     @property
     def numClasses(self) -> int:
-        assert self._head is not None
+        if self._head is None:
+            raise RecipeError("a module that does not return one tensor has no number of classes")
         return 2 if self._head.scalar else self._head.shape[0]
 
     def _spread(self, scored: DataFrame, result: Any) -> DataFrame:
@@ -146,6 +176,9 @@ class TorchClassificationModel(TorchModel, HasRawPredictionCol, HasProbabilityCo
             self.getProbabilityCol(): array_to_vector(result["probability"]),
             self.getPredictionCol(): result["prediction"],
         }
+        names = [*filter(None, (self.getRawPredictionCol(), self.getProbabilityCol(), self.getPredictionCol()))]
+        if len({name.lower() for name in names}) < len(names):
+            raise RecipeError(f"rawPredictionCol, probabilityCol and predictionCol must differ, they are {names}")
         return scored.withColumns({name: value for name, value in columns.items() if name})
 
 

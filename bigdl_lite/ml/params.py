@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.param.shared import HasInputCols, HasLabelCol, HasPredictionCol, HasSeed
 
+from bigdl_lite.data.columns import Raw
 from bigdl_lite.errors import RecipeError
+
+_MOST_WORKERS = 1 << 16  # each is a task
+_MOST_SECONDS = (2**31 - 1) // 1000  # of a socket's timeout: 32 bits of milliseconds, 24 days
 
 
 def _param(name: str, doc: str, convert: Callable[[Any], Any] = TypeConverters.identity) -> Param[Any]:
     return Param(Params._dummy(), name, doc, typeConverter=convert)
 
 
+def _int(value: Any) -> int:
+    try:
+        return TypeConverters.toInt(value)
+    except OverflowError:  # pyspark compares it with its float
+        raise TypeError("so large a number is not taken") from None
+
+
+def _float(value: Any) -> float:
+    try:
+        return TypeConverters.toFloat(value)
+    except OverflowError:
+        raise TypeError("so large a number is not taken") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):  # pyspark's own converter asks NumPy for what NumPy 2 does not have
+        raise TypeError(f"must be a string, got {value!r}")
+    return str(value)
+
+
 def _names(value: Any) -> list[str | list[str]]:
     """A list of names; a list of names in it stands for one input."""
-    if not isinstance(value, list | tuple):
-        raise TypeError("must be a list of column names, or of lists of them")
-    made = [name if isinstance(name, str) else TypeConverters.toListString(list(name)) for name in value]
-    return made
+    if isinstance(value, list | tuple):
+        made = [list(item) if isinstance(item, list | tuple) else item for item in value]
+        if all(isinstance(name, str) for item in made for name in (item if isinstance(item, list) else [item])):
+            return made
+    raise TypeError("must be a list of column names, or of lists of them")
 
 
 class HasScoring(HasInputCols, HasPredictionCol):
     """What a model needs to score."""
 
+    predictionCol = _param("predictionCol", "the column of predictions that transform adds", _text)
     inputCols = _param("inputCols", "one column, or a list of columns of numbers, for each argument of forward", _names)
-    predictBatchSize = _param("predictBatchSize", "rows of one forward pass in transform", TypeConverters.toInt)
+    predictBatchSize = _param("predictBatchSize", "rows of one forward pass in transform", _int)
     decoders = _param("decoders", "how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}")
 
     def getPredictBatchSize(self) -> int:
@@ -36,28 +62,43 @@ class HasScoring(HasInputCols, HasPredictionCol):
     def getDecoders(self) -> dict[str, Any]:
         return self.getOrDefault(self.decoders)
 
+    def _given(self, name: str) -> Any:
+        """The value of a Param, None where it is neither set nor has a default."""
+        param = self.getParam(name)
+        return self.getOrDefault(param) if self.isDefined(param) else None
+
 
 class HasTraining(HasScoring, HasLabelCol, HasSeed):
     """What an estimator needs to train."""
 
+    labelCol = _param("labelCol", "the column that is the second argument of loss", _text)
     module = _param("module", "an nn.Module, or a function without arguments that returns one")
     loss = _param("loss", "callable (output, target) -> one number, the mean over rows")
     optimizer = _param("optimizer", "callable (parameters) -> torch.optim.Optimizer; parameters is a list, and .named a dict")
     scheduler = _param("scheduler", "callable (optimizer) -> a torch learning rate scheduler")
-    schedulerInterval = _param("schedulerInterval", "the scheduler steps once per 'step' or 'epoch'", TypeConverters.toString)
-    batchSize = _param("batchSize", "rows of one step over all workers", TypeConverters.toInt)
-    epochs = _param("epochs", "how often each row is seen", TypeConverters.toInt)
-    numWorkers = _param("numWorkers", "workers, each with a share of the rows; not set: all slots", TypeConverters.toInt)
+    schedulerInterval = _param("schedulerInterval", "the scheduler steps once per 'step' or 'epoch'", _text)
+    batchSize = _param("batchSize", "rows of one step over all workers", _int)
+    epochs = _param("epochs", "how often each row is seen", _int)
+    seed = _param("seed", "of the first weights, of the order of rows and of dropout", _int)
+    numWorkers = _param("numWorkers", "workers, each with a share of the rows; not set: all slots", _int)
     engine = _param("engine", "'auto', 'barrier', 'shuffle' or 'local', or an engine object")
     algorithm = _param("algorithm", "a name from bigdl_lite.algorithms.CATALOGUE, or a function optimizer -> Round")
-    clipNorm = _param("clipNorm", "largest norm of the whole gradient; not set: no limit", TypeConverters.toFloat)
-    clipValue = _param("clipValue", "largest magnitude of one value of the gradient; not set: no limit", TypeConverters.toFloat)
+    clipNorm = _param("clipNorm", "largest norm of the whole gradient; not set: no limit", _float)
+    clipValue = _param("clipValue", "largest magnitude of one value of the gradient; not set: no limit", _float)
     syncBatchNorm = _param(
         "syncBatchNorm", "batch statistics over the rows of all workers, not of each worker's share", TypeConverters.toBoolean
     )
-    logInterval = _param("logInterval", "keep every so many steps in the history", TypeConverters.toInt)
-    progress = _param("progress", "'auto', 'bar', 'log' or 'none'", TypeConverters.toString)
-    deadline = _param("deadline", "seconds that a worker waits for another before it is an error", TypeConverters.toFloat)
+    logInterval = _param("logInterval", "keep every so many steps in the history", _int)
+    progress = _param("progress", "'auto', 'bar', 'log' or 'none'", _text)
+    checkpointDir = _param("checkpointDir", "folder for checkpoints: a path, or a URI that pyarrow.fs opens", _text)
+    checkpointInterval = _param("checkpointInterval", "steps or epochs from one checkpoint to the next", _int)
+    checkpointUnit = _param("checkpointUnit", "of checkpointInterval: 'step' or 'epoch'", _text)
+    checkpointKeep = _param("checkpointKeep", "how many of the newest checkpoints stay, beside the best", _int)
+    resume = _param("resume", "go on from the last checkpoint in checkpointDir, if there is one", TypeConverters.toBoolean)
+    recoveryInterval = _param(
+        "recoveryInterval", "seconds between the states that a fit in the barrier engine goes on from after a loss", _float
+    )
+    deadline = _param("deadline", "seconds that a worker waits for another before it is an error", _float)
 
     def getModule(self) -> Any:
         return self.getOrDefault(self.module)
@@ -77,10 +118,51 @@ class HasTraining(HasScoring, HasLabelCol, HasSeed):
     def getEngine(self) -> Any:
         return self.getOrDefault(self.engine)
 
-    def _given(self, name: str) -> Any:
-        """The value of a Param, None where it is neither set nor has a default."""
-        param = self.getParam(name)
-        return self.getOrDefault(param) if self.isDefined(param) else None
+
+def _number(least: float, most: float = float("inf")) -> Callable[[Any], bool]:
+    return lambda value: least <= value <= most
+
+
+def _reads(decoders: Any) -> bool:
+    return isinstance(decoders, Mapping) and all(
+        isinstance(name, str) and (isinstance(how, Raw) or callable(how)) for name, how in decoders.items()
+    )
+
+
+# what a value of the right type must be besides; where a name is looked up (engine, algorithm), that is told there
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("batchSize", "epochs", "logInterval", "predictBatchSize", "checkpointInterval", "checkpointKeep"), (_number(1), "at least 1")
+    ),
+    "checkpointUnit": (lambda text: text in ("step", "epoch"), "'step' or 'epoch'"),
+    "recoveryInterval": (_number(0), "at least 0 seconds"),
+    "numWorkers": (_number(1, _MOST_WORKERS), f"at least 1 and at most {_MOST_WORKERS}"),
+    "seed": (_number(-(2**63), 2**63 - 1), "a whole number of 64 bits"),
+    "deadline": (lambda seconds: 0 < seconds <= _MOST_SECONDS, f"above 0 and at most {_MOST_SECONDS} seconds"),
+    **dict.fromkeys(("clipNorm", "clipValue"), (lambda limit: limit > 0, "above 0")),
+    "schedulerInterval": (lambda text: text in ("step", "epoch"), "'step' or 'epoch'"),
+    "progress": (lambda text: text in ("auto", "bar", "log", "none"), "'auto', 'bar', 'log' or 'none'"),
+    **dict.fromkeys(("module", "loss", "optimizer", "scheduler"), (callable, "callable")),
+    "engine": (
+        lambda given: isinstance(given, str) or (callable(getattr(given, "fit", None)) and not isinstance(given, type)),
+        "'auto', 'barrier', 'shuffle', 'local' or an engine object",
+    ),
+    "algorithm": (lambda given: isinstance(given, str) or callable(given), "a name or a function optimizer -> Round"),
+    "inputCols": (lambda names: [] not in names, "a list of names, or of lists that each have a name"),
+    "decoders": (_reads, "a dict from names of columns to Raw(shape, dtype) or to functions from bytes to arrays"),
+}
+
+
+def check_params(stage: HasScoring) -> None:
+    """Raises RecipeError, which names the Param, where a value cannot work."""
+    for param in stage.params:
+        value = stage._given(param.name)
+        if value is None:
+            if stage.hasDefault(param) or param.name in ("module", "loss"):
+                raise RecipeError(f"{param.name} is not set")
+        elif param.name in _RULES and not _RULES[param.name][0](value):
+            shown = repr(value) if isinstance(value, int | float | str | list) else f"a {type(value).__name__}"
+            raise RecipeError(f"{param.name} is {shown}, must be {_RULES[param.name][1]}")
 
 
 def set_given(params: Params, given: dict[str, Any]) -> None:

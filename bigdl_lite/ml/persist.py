@@ -4,8 +4,8 @@
     <path>/model.json              which module, its layout, its columns, what its output means
     <path>/weights.safetensors     weights, buffers and frozen parameters under the names of state_dict()
 
-The module is found by the name of the function or class that made it, which must be importable (or defined in the
-running program). Where it is not, the model loads all the same, and wants setModule() before it can score.
+The module is found by the name of the function or class that made it, which the running program must have imported (or define).
+Where it has not, the model loads all the same, and wants setModule() before it can score.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Writer(MLWriter):
 
 
 class Reader(MLReader[Any]):
-    def __init__(self, cls: type[TorchModel]) -> None:
+    def __init__(self, cls: type[TorchModel], trust: bool = False) -> None:
         super().__init__()
-        self.cls = cls
+        self.cls, self.trust = cls, trust
 
     def load(self, path: str) -> TorchModel:
         metadata = DefaultParamsReader.loadMetadata(path, self.sc)
@@ -71,11 +71,11 @@ class Reader(MLReader[Any]):
         cls = _class(metadata["class"], self.cls)
         start = _start(told, tensors, path)
         head = Head(told["head"]["kind"], tuple(told["head"]["shape"])) if told["head"] else None
-        model = cls(_columns(told["columns"]), head, None, start, told["history"], told["engine"])
+        model = cls(columns_from_json(told["columns"], self.trust), head, None, start, told["history"], told["engine"])
         model._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(model, metadata)
         model._saved = told
-        maker = _find(told["module"])
+        maker = find(told["module"], self.trust)
         if maker is not None:
             model.setModule(maker)
         return model
@@ -93,10 +93,10 @@ def _describe(model: TorchModel) -> dict[str, Any]:
     columns, head, found = model._columns, model._head, model._plan.layout
     return {
         "format": _FORMAT,
-        "module": _name(model._made_by),
+        "module": name_of(model._made_by),
         "parameters": [[s.name, list(s.shape), str(s.dtype)] for s in found.parameters],
         "buffers": [[s.name, list(s.shape), str(s.dtype)] for s in found.buffers],
-        "columns": [_column(c) for c in columns.inputs],
+        "columns": [column_to_json(c) for c in columns.inputs],
         "head": head and {"kind": head.kind, "shape": list(head.shape)},
         "history": model.history,
         "engine": model.engine,
@@ -104,8 +104,8 @@ def _describe(model: TorchModel) -> dict[str, Any]:
     }
 
 
-def _column(c: Column) -> dict[str, Any]:
-    decoder: Any = _name(c.decoder)
+def column_to_json(c: Column) -> dict[str, Any]:
+    decoder: Any = name_of(c.decoder)
     if isinstance(c.decoder, Raw):
         decoder = {"shape": list(c.decoder.shape), "dtype": c.decoder.dtype}
     elif c.decoder is not None and decoder is None:
@@ -116,19 +116,19 @@ def _column(c: Column) -> dict[str, Any]:
     return {"name": c.name, "dtype": str(c.dtype), "depth": c.depth, "decoder": decoder, "members": list(c.members)}
 
 
-def _columns(told: list[dict[str, Any]]) -> Columns:
+def columns_from_json(told: list[dict[str, Any]], trust: bool = False) -> Columns:
     made = []
     for c in told:
         decoder = c["decoder"]
         if isinstance(decoder, dict):
             decoder = Raw(tuple(decoder["shape"]), decoder["dtype"])
         elif decoder is not None:
-            decoder = _find(decoder)
-        made.append(Column(c["name"], _dtype(c["dtype"]), c["depth"], decoder, members=tuple(c.get("members", ()))))
+            decoder = find(decoder, trust)
+        made.append(Column(c["name"], dtype_named(c["dtype"]), c["depth"], decoder, members=tuple(c.get("members", ()))))
     return Columns(tuple(made))
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
     found = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise WireError(f"{name!r} is not a torch dtype")
@@ -145,7 +145,7 @@ def _start(told: dict[str, Any], tensors: dict[str, torch.Tensor], path: str) ->
             parts.append(x.reshape(-1).to(dtype))
         return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
 
-    weights = flat("", told["parameters"], _dtype(told["parameters"][0][2]))
+    weights = flat("", told["parameters"], dtype_named(told["parameters"][0][2]))
     constants = {name.removeprefix("constant:"): x for name, x in tensors.items() if name.startswith("constant:")}
     return Start(weights, flat("buffer:", told["buffers"], torch.float64), constants)
 
@@ -175,18 +175,19 @@ def fit_into(plan: Blueprint, start: Start, told: dict[str, Any] | None) -> Blue
     return plan
 
 
-def _name(maker: Any) -> str | None:
-    """"module:qualname" of a function or class that _find will find again; None for everything else."""
+def name_of(maker: Any) -> str | None:
+    """"module:qualname" of a function or class that find will find again; None for everything else."""
     if not (inspect.isfunction(maker) or inspect.isclass(maker)):
         return None
     name = f"{maker.__module__}:{maker.__qualname__}"
-    return name if "<" not in name and _find(name) is maker else None
+    return name if "<" not in name and find(name) is maker else None
 
 
-def _find(name: str | None) -> Any:
+def find(name: str | None, trust: bool = False) -> Any:
     """The Python function, or subclass of nn.Module, of that name; None where this program has none.
 
-    A file must not be able to call whatever it likes: built-in functions and the standard library are out.
+    A file must not be able to call whatever it likes: built-in functions and the standard library are out, and so is what this
+    program has not imported, unless trust is given.
     """
     if not isinstance(name, str) or name.count(":") != 1:
         return None
@@ -194,10 +195,10 @@ def _find(name: str | None) -> Any:
     if place.split(".")[0] in sys.stdlib_module_names and place != "__main__":
         return None
     try:
-        found: Any = importlib.import_module(place)
+        found: Any = importlib.import_module(place) if trust else sys.modules[place]
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError):
+    except (ImportError, KeyError, AttributeError):
         return None
     ours = inspect.isclass(found) and issubclass(found, nn.Module)
     return found if ours or (inspect.isfunction(found) and found.__module__ == place) else None

@@ -1,17 +1,62 @@
-"""An RDD of (inputs, label) NumPy tuples as a DataFrame: arrays travel as raw bytes, so any shape and dtype will do."""
+"""The rows that a fit is given: a DataFrame, or an RDD of (inputs, label) NumPy tuples, whose arrays travel as raw bytes.
+
+Also what is said where Spark fails to compute them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from py4j.protocol import Py4JJavaError
 from pyspark import RDD
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import BinaryType, StructField, StructType
 
-from bigdl_lite.data.columns import Raw
+from bigdl_lite.data.columns import Raw, numeric
 from bigdl_lite.errors import DataError
+
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n((?:[ \t].*\n|\n)*)(\S.*)")  # of a Python worker
+_CONDITION = re.compile(r"\[(?!INTERNAL_ERROR)[A-Z][A-Z0-9_.]{3,}\] .*")  # as Spark names what is wrong in SQL
+_RAISED = re.compile(r"\): (java\.lang\.\w+Exception: .*)")  # the same before Spark 4
+
+
+def require_frame(dataset: Any, stream: bool = False) -> None:
+    """Raises DataError for what is no DataFrame, or is one without an end where that cannot be."""
+    if not hasattr(dataset, "sparkSession"):
+        raise DataError(f"a {type(dataset).__name__} is no DataFrame of Spark's: make one with spark.createDataFrame")
+    if not stream and dataset.isStreaming:
+        raise DataError("the DataFrame is a stream, which has no end: train on a table of its rows")
+
+
+@contextlib.contextmanager
+def computed() -> Iterator[None]:
+    """Turns Spark's error for rows that it cannot compute (a UDF that raises, a cast, a division by zero) into a DataError.
+
+    What is no fault of the rows, such as a lost executor, stays Spark's own error.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        why = _why(str(error))
+        if why is None:
+            raise
+        raise DataError(f"Spark cannot compute the rows: {why}") from error
+
+
+def _why(text: str) -> str | None:
+    for frames, last in _TRACEBACK.findall(text)[-1:]:
+        ours = re.match(r"bigdl_lite\.errors\.DataError: (.*)", last)
+        return ours[1] if ours else None if "bigdl_lite/" in frames else last
+    found = _CONDITION.search(text)
+    if found:
+        return found[0]
+    raised = _RAISED.search(text)
+    return raised[1] if raised else None
 
 
 def from_rdd(rdd: RDD[Any]) -> tuple[DataFrame, list[str], str, dict[str, Raw]]:
@@ -21,6 +66,9 @@ def from_rdd(rdd: RDD[Any]) -> tuple[DataFrame, list[str], str, dict[str, Raw]]:
         raise DataError("the RDD has no rows; there is nothing to train on")
     arrays = _arrays(first[0])
     names = [f"input{i}" for i in range(len(arrays) - 1)] + ["label"]
+    for name, x in zip(names, arrays, strict=True):
+        if not numeric(x.dtype):
+            raise DataError(f"{name} of the RDD's first row has dtype {x.dtype}, must be an array of real numbers")
     decoders = {name: Raw(tuple(x.shape), x.dtype.name) for name, x in zip(names, arrays, strict=True)}
     schema = StructType([StructField(name, BinaryType(), False) for name in names])
     spark = SparkSession.builder.getOrCreate()  # an RDD lives in the active session
@@ -32,7 +80,13 @@ def _arrays(row: Any) -> list[np.ndarray]:
     if not isinstance(row, tuple | list) or len(row) != 2:
         raise DataError(f"an RDD must hold tuples (inputs, label), the first row is a {type(row).__name__}")
     inputs, label = row
-    return [np.asarray(x) for x in (*(inputs if isinstance(inputs, tuple | list) else [inputs]), label)]
+    several = inputs if isinstance(inputs, tuple | list) else [inputs]
+    if not several:
+        raise DataError("an RDD must hold tuples (inputs, label), a row has no inputs")
+    try:
+        return [np.asarray(x) for x in (*several, label)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"an RDD must hold tuples (inputs, label) of NumPy arrays: {error}") from error
 
 
 def _encoder(decoders: list[Raw]) -> Callable[[Iterable[Any]], Iterator[tuple[bytes, ...]]]:
@@ -41,6 +95,15 @@ def _encoder(decoders: list[Raw]) -> Callable[[Iterable[Any]], Iterator[tuple[by
             arrays = _arrays(row)
             if [x.shape for x in arrays] != [d.shape for d in decoders]:
                 raise DataError(f"a row has arrays of shapes {[x.shape for x in arrays]}, the first {[d.shape for d in decoders]}")
-            yield tuple(bytearray(np.ascontiguousarray(x, d.dtype).tobytes()) for x, d in zip(arrays, decoders, strict=True))
+            yield tuple(bytearray(_of_dtype(x, d.dtype).tobytes()) for x, d in zip(arrays, decoders, strict=True))
 
     return encode
+
+
+def _of_dtype(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x in C order; a whole number may become a float, but nothing is cut off."""
+    with np.errstate(all="ignore"):  # what is too large for a float becomes infinity, which is refused where it is read
+        made = np.asarray(x, dtype, order="C")
+    if made.dtype.kind != "f" and not np.array_equal(made, x):
+        raise DataError(f"a row has an array of {x.dtype}, the first row one of {dtype}, which cannot hold it; make all of one dtype")
+    return made

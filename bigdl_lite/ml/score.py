@@ -47,6 +47,19 @@ def module_of(blueprint: Blueprint, start: Start) -> nn.Module:
     return module
 
 
+def head_of(kind: str, plan: Blueprint, start: Start, columns: Columns, shapes: Sequence[Sequence[int]]) -> Head | None:
+    """What one row of output looks like: told by two rows of zeros. None where the module does not return a row for each.
+
+    shapes  of one row in each input column
+    """
+    module = module_of(plan, start)
+    zeros = [torch.zeros([2, *shape], dtype=c.dtype) for c, shape in zip(columns.inputs, shapes, strict=False)]
+    with torch.inference_mode():
+        output = module(*zeros)
+    by_row = isinstance(output, Tensor) and output.ndim > 0 and len(output) == 2
+    return Head(kind, tuple(output.shape[1:])) if by_row else None
+
+
 _LANES = 16
 
 

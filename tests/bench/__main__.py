@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.bench.report import Claim, Context, Row, claims_table, decode, encode, table, write
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("training", "memory", "meeting", "growth", "fits", "start", "ingest", "transform", "large", "overhead", "distributor")
+NAMES = ("training", "memory", "meeting", "growth", "fits", "start", "ingest", "transform", "large", "overhead", "distributor", "soak")
 
 
 def inside(name: str, context: Context, out: Path) -> None:

@@ -33,7 +33,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from bigdl_lite.algorithms.parts import Sum, TorchOptimizer
-from bigdl_lite.comm.block import Block, Size, create, home, join
+from bigdl_lite.comm.block import Block, Size, create, join, mailbox
+from bigdl_lite.comm.window import look
 from bigdl_lite.engine.meeting import SIDE, Meeting, Place
 from bigdl_lite.model.layout import blueprint
 from bigdl_lite.model.replica import Replica
@@ -46,26 +47,22 @@ ROW = 64  # rows that each rank is said to bring
 _TRAFFIC = 12  # passes over s bytes, see above
 
 
-def _block(rank: int, n: int, folder: str) -> Block:
-    size = Size(n, RANKS, RANKS, SIDE, 0)
-    path = Path(home(size.nbytes, folder), f"bigdl_lite-bench-{os.getppid()}")
-    if rank == 0:
-        path.touch(mode=0o600)
-        memory = create(path, size.nbytes)
-    else:
-        memory = join(path, size.nbytes, 60.0)
-    block = Block(memory, size, rank, 60.0)
+def _block(rank: int, n: int) -> Block:
+    size, mail, addresses = Size(n, RANKS, RANKS, SIDE, 0), mailbox(), [""] * RANKS
+    dist.all_gather_object(addresses, mail.address)
+    first = look(addresses[0])
+    assert first is not None
+    block = Block(create(mail, size.nbytes) if rank == 0 else join(first, 60.0), size, rank, 60.0)
     block.wait()
-    path.unlink(missing_ok=True)
     return block
 
 
-def _ours(rank: int, folder: str, millions: float, seconds: dict[str, list[float]]) -> Callable[[], None]:
+def _ours(rank: int, millions: float, seconds: dict[str, list[float]]) -> Callable[[], None]:
     """A function that holds one meeting, and adds the seconds of its parts."""
     work = mlp(millions, 0, W3.batch)
     plan, weights, _, constants = blueprint(work.make())
     n = plan.layout.n
-    block = _block(rank, n, folder)
+    block = _block(rank, n)
     meeting = Meeting(Place(rank, (tuple(range(RANKS)),)), block, None, None)
     replica = Replica(plan, block.weights, block.grads[rank], constants, nn.MSELoss())
     if rank == 0:
@@ -147,7 +144,7 @@ def _rank(rank: int, millions: float, rounds: int, folder: str) -> None:
             "gloo fused", "gloo fused/all-reduce", "gloo fused/mean + optimizer",
         )
     }  # fmt: skip
-    ours = _ours(rank, folder, millions, seconds)
+    ours = _ours(rank, millions, seconds)
     plain, fast = _gloo(rank, millions, False, "gloo", seconds), _gloo(rank, millions, True, "gloo fused", seconds)
     copy, speed = _traffic(int(millions * 1e6)), []
     for _ in range(WARM + rounds):

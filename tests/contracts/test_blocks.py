@@ -1,6 +1,6 @@
 """The memory that the ranks of one node share: they meet, they see each other's numbers, and they learn of a loss.
 
-One contract, two kinds of ranks: threads over private memory, and processes that were started apart over one file.
+One contract, two kinds of ranks: threads over private memory, and processes that were started apart over a window of the first.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -17,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from bigdl_lite.comm.block import Block, Size, create, home, join, private
+from bigdl_lite.comm import block as block_module
+from bigdl_lite.comm.block import Block, Size, create, join, mailbox, private
+from bigdl_lite.comm.window import HEADER, look
 from bigdl_lite.errors import BigDLError, MeetingTimeout, PeerLost
 from bigdl_lite.vector import slices
 
@@ -75,6 +79,14 @@ def die_at_the_third(block: Block, culprit: int) -> bool:
     return False
 
 
+def stay(block: Block) -> bool:
+    """Writes its rank, meets the others, and waits for its end."""
+    block.grads[block.me].fill_(block.me + 1.0)
+    block.wait()
+    signal.pause()
+    return True
+
+
 # ---- ranks as threads, ranks as processes -------------------------------------------------------------------------------
 
 
@@ -99,15 +111,20 @@ def threads(q: int, act: Callable[..., bool], *args: Any, deadline: float = LONG
     return seen
 
 
-def _rank(path: Path, q: int, r: int, deadline: float, tell: Connection, act: Callable[..., bool], args: Any) -> None:
+def _rank(q: int, r: int, deadline: float, tell: Connection, act: Callable[..., bool], args: Any) -> None:
+    """The first rank tells the address of its mailbox, the others hear it; then all tell what they saw."""
     torch.set_num_threads(1)
     size = size_of(q)
     try:
-        memory = create(path, size.nbytes) if r == 0 else join(path, size.nbytes, LONG)
+        if r == 0:
+            mail = mailbox()
+            tell.send(mail.address)
+            memory = create(mail, size.nbytes)
+        else:
+            mail = look(tell.recv())
+            memory = join(mail, LONG)
         block = Block(memory, size, r, deadline)
         block.wait()
-        if r == 0:
-            path.unlink()
         tell.send(act(block, *args))
     except BigDLError as error:
         tell.send(error)
@@ -122,20 +139,35 @@ def starter() -> Any:
 
 
 @pytest.fixture
-def processes(starter: Any, tmp_path: Path) -> Iterator[Callable[..., list[Any]]]:
+def start(starter: Any) -> Iterator[Callable[..., Any]]:
+    """Starts ranks as processes: those, the ends of their pipes, and the address of the first one's mailbox."""
     alive: list[Any] = []
 
-    def run(q: int, act: Callable[..., bool], *args: Any, deadline: float = LONG) -> list[Any]:
-        path = tmp_path / "block"
-        path.touch(mode=0o600)
+    def run(q: int, act: Callable[..., bool], *args: Any, deadline: float = LONG) -> tuple[list[Any], list[Connection], str]:
         ends = []
         for r in range(q):
-            mine, theirs = starter.Pipe(duplex=False)
-            process = starter.Process(target=_rank, args=(path, q, r, deadline, theirs, act, args), daemon=True)
+            mine, theirs = starter.Pipe()
+            process = starter.Process(target=_rank, args=(q, r, deadline, theirs, act, args), daemon=True)
             process.start()
             theirs.close()
             alive.append(process)
             ends.append(mine)
+        assert ends[0].poll(LONG)
+        address = ends[0].recv()
+        for end in ends[1:]:
+            end.send(address)
+        return alive[-q:], ends, address
+
+    yield run
+    for process in alive:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture
+def processes(start: Callable[..., Any]) -> Callable[..., list[Any]]:
+    def run(q: int, act: Callable[..., bool], *args: Any, deadline: float = LONG) -> list[Any]:
+        _, ends, _ = start(q, act, *args, deadline=deadline)
         seen: dict[Any, Any] = {}
         while len(seen) < q:
             ready = wait([end for end in ends if end not in seen], timeout=LONG)
@@ -145,13 +177,9 @@ def processes(starter: Any, tmp_path: Path) -> Iterator[Callable[..., list[Any]]
                     seen[end] = end.recv()
                 except EOFError:
                     seen[end] = "died"
-        assert not path.exists()
         return [seen[end] for end in ends]
 
-    yield run
-    for process in alive:
-        process.kill()
-        process.join()
+    return run
 
 
 @pytest.fixture(params=["threads", "processes"])
@@ -188,6 +216,39 @@ def test_a_process_that_is_killed_is_noticed_long_before_the_deadline(processes:
     assert any("is gone; was it killed for memory?" in str(error) for error in (first, third))
 
 
+def left() -> set[str]:
+    """What ranks could have left where files outlive processes."""
+    shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
+    return shared | {name for name in os.listdir(tempfile.gettempdir()) if "bigdl" in name.lower()}
+
+
+def test_ranks_that_are_killed_leave_nothing_in_shared_memory_or_on_disk(start: Callable[..., Any]) -> None:
+    before = left()
+    ranks, _, address = start(3, stay)
+    mail = look(address)
+    assert mail is not None
+    block = Block(join(mail, LONG), size_of(3), 0, LONG, watch=False)  # a view beside theirs, to see that they are there
+    pause = threading.Event()
+    while [float(grad[0]) for grad in block.grads] != [1.0, 2.0, 3.0]:
+        pause.wait(1e-3)
+    assert left() == before and look(address) is not None
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.join(LONG)
+        assert rank.exitcode == -signal.SIGKILL
+    assert left() == before and look(address) is None
+    with pytest.raises(PeerLost, match="the block with it"):  # the letter is still to be read, the block is not
+        join(mail, LONG)
+
+
+def test_what_a_rank_left_would_be_seen() -> None:
+    """Negative control."""
+    before = left()
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as one, tempfile.NamedTemporaryFile(prefix="bigdl_lite-") as two:
+        assert left() - before == {one.name, os.path.basename(two.name)}
+
+
 # ---- the memory ---------------------------------------------------------------------------------------------------------
 
 SIZES = [
@@ -197,11 +258,11 @@ every_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
 @every_size
-def test_a_block_takes_exactly_the_memory_that_its_size_says(size: Size, tmp_path: Path) -> None:
-    path = tmp_path / "block"
-    path.touch()
-    block = Block(create(path, size.nbytes), size, 0, LONG, watch=False)
-    assert path.stat().st_size == size.nbytes and path.stat().st_blocks * 512 >= size.nbytes  # reserved, not sparse
+def test_a_block_takes_exactly_the_memory_that_its_size_says(size: Size) -> None:
+    memory = create(mailbox(), size.nbytes)
+    block = Block(memory, size, 0, LONG, watch=False)
+    file = os.fstat(memory._file)
+    assert file.st_size == HEADER + size.nbytes <= file.st_blocks * 512  # reserved, not sparse
     parts = [block.weights, *block.grads, block.sides, block.scratch]
     starts = [x.data_ptr() - block.weights.data_ptr() for x in parts if x.numel()]
     ends = [x.data_ptr() - block.weights.data_ptr() + x.nbytes for x in parts if x.numel()]
@@ -220,41 +281,71 @@ def test_every_part_has_the_shape_and_dtype_that_its_legend_says_and_starts_at_a
     assert all(x.data_ptr() % 4096 == 0 for x in (block.weights, *block.grads, block.sides))
 
 
-def test_a_block_that_was_let_go_is_unmapped_and_its_file_is_gone(tmp_path: Path) -> None:
-    path, size = tmp_path / "let-go", size_of(2)
-    path.touch()
-    mine, theirs = create(path, size.nbytes), join(path, size.nbytes, LONG)
-    blocks = [Block(mine, size, 0, LONG), Block(theirs, size, 1, LONG)]
-    path.unlink()
-    blocks[0].weights[3] = 7.0
-    assert blocks[1].weights[3] == 7.0  # lives on until its last rank lets go
-    assert "let-go" in Path("/proc/self/maps").read_text()
-    del mine, theirs
-    for block in blocks:
-        block.close()
+def mapped() -> int:
+    """Mappings of windows in this process."""
+    return Path("/proc/self/maps").read_text().count("memfd:bigdl_lite")
+
+
+def windows() -> int:
+    """Windows that this process holds open."""
+    links = Path("/proc/self/fd").iterdir()
+    return sum("memfd:bigdl_lite" in os.readlink(link) for link in links if link.is_symlink())
+
+
+def test_a_block_lives_on_until_its_last_rank_lets_go_and_is_unmapped_then() -> None:
     gc.collect()
-    assert "let-go" not in Path("/proc/self/maps").read_text() and not path.exists()
+    before, opened, size, mail = mapped(), windows(), size_of(2), mailbox()
+    mine = create(mail, size.nbytes)
+    theirs = join(look(mail.address), LONG)
+    blocks = [Block(mine, size, 0, LONG), Block(theirs, size, 1, LONG)]
+    assert mapped() == before + 3 and windows() > opened
+    mine.close()
+    with pytest.raises(PeerLost):  # nobody new can look
+        join(look(mail.address), LONG)
+    blocks[0].close()
+    del mine
+    blocks[1].weights[3] = 7.0
+    assert blocks[1].weights[3] == 7.0 and mapped() == before + 2
+    blocks[1].close()
+    del theirs, mail
+    gc.collect()
+    assert mapped() == before and windows() == opened
 
 
-def test_a_disk_without_room_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
-    path = tmp_path / "block"
-    path.touch()
-    with pytest.raises(OSError):
-        create(path, 1 << 60)
+def test_memory_that_is_not_there_is_an_error_and_nothing_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel would otherwise kill processes until there is room, and not this one first."""
+    mail = mailbox()
+    before = windows()
+    with pytest.raises(MemoryError, match=r"share 1152921504\.6 GB, and .* GB of its memory are free"):
+        create(mail, 1 << 60)
+    monkeypatch.setattr(block_module, "available", lambda: 4095)
+    with pytest.raises(MemoryError, match="fewer ranks on a node"):
+        create(mail, 4096)
+    assert windows() == before and mail.stamp == 0
+    with pytest.raises(MeetingTimeout, match="no shared block appeared"):
+        join(look(mail.address), 0.05)
+    monkeypatch.setattr(block_module, "available", lambda: 4096)
+    memory = create(mail, 4096)  # the control
+    assert memory.nbytes == 4096 and windows() > before and mail.stamp == 1
 
 
-@pytest.mark.parametrize("written", [None, 0, 100, size_of(2).nbytes], ids=["no file", "empty", "short", "zeros"])
-def test_a_block_that_is_not_ready_is_not_joined(tmp_path: Path, written: int | None) -> None:
-    path = tmp_path / "block"
-    if written is not None:
-        path.write_bytes(bytes(written))
-    with pytest.raises(MeetingTimeout, match="no shared block appeared at"):
-        join(path, size_of(2).nbytes, 0.05)
+def test_a_block_that_is_not_ready_is_not_joined() -> None:
+    mail, size = mailbox(), size_of(2)
+    with pytest.raises(MeetingTimeout, match="no shared block appeared within"):
+        join(look(mail.address), 0.05)
+    memory = create(mail, size.nbytes)
+    memory.values(torch.uint8, 1)[0] = 5
+    assert join(look(mail.address), 0.05).values(torch.uint8, 1)[0] == 5  # the control: now it is
 
 
-def test_a_block_lives_in_shared_memory_where_it_fits_and_on_the_local_disk_where_not() -> None:
-    assert home(1, "/scratch") == ("/dev/shm" if os.access("/dev/shm", os.W_OK) else "/scratch")
-    assert home(1 << 60, "/scratch") == "/scratch"
+def test_who_came_early_joins_as_soon_as_the_block_is_there() -> None:
+    mail, size, seen = mailbox(), size_of(2), []
+    early = threading.Thread(target=lambda: seen.append(join(look(mail.address), LONG)), daemon=True)
+    early.start()
+    memory = create(mail, size.nbytes)
+    early.join(LONG)
+    memory.values(torch.uint8, 1)[0] = 5
+    assert seen[0].values(torch.uint8, 1)[0] == 5
 
 
 def test_waiting_calls_idle_with_the_number_of_tries() -> None:

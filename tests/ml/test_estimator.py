@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pyspark.sql import functions as F
 from torch import nn
 
 from bigdl_lite import Raw, TorchClassifier, TorchEstimator, TorchModel, TorchRegressor
+from bigdl_lite.errors import RecipeError
 from tests.conftest import flat, frame, mlp, problem
 
 X, Y = problem(120)
@@ -265,3 +268,21 @@ def test_a_module_with_several_outputs_trains_and_says_that_it_cannot_be_scored_
     model.save(str(tmp_path / "model"))
     with pytest.raises(ValueError, match="returns one tensor"):
         TorchModel.load(str(tmp_path / "model")).transform(df)
+
+
+def test_a_file_cannot_have_a_module_imported_unless_it_is_trusted(df, tmp_path, monkeypatch):
+    """The name in the file is looked up among what the program has imported; trust=True imports it."""
+    (tmp_path / "somebodys_nets.py").write_text(
+        "import pathlib, torch.nn\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'imported').touch()\n"
+        "def make():\n    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))\n"
+    )
+    TorchClassifier(module=mlp, engine="local", numWorkers=1, progress="none").fit(df).save(str(tmp_path / "model"))
+    told = json.loads((tmp_path / "model" / "model.json").read_text())
+    (tmp_path / "model" / "model.json").write_text(json.dumps(told | {"module": "somebodys_nets:make"}))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RecipeError, match="has not imported"):
+        TorchModel.load(str(tmp_path / "model")).transform(df)
+    assert not (tmp_path / "imported").exists()
+    assert TorchModel.load(str(tmp_path / "model"), trust=True).transform(df).count() == df.count()
+    assert (tmp_path / "imported").exists()

@@ -1,0 +1,31 @@
+"""Driver and executors of different versions: said before the first step, with both."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from bigdl_lite import TorchClassifier
+from bigdl_lite.engine import barrier, shuffle, worker
+from bigdl_lite.errors import RecipeError
+from tests.conftest import frame, problem
+
+X, Y = problem(20)
+
+
+@pytest.mark.parametrize("engine", ["barrier", "shuffle"])
+@pytest.mark.parametrize("name", ["torch", "bigdl_lite"])
+def test_an_executor_of_another_version_is_named_before_the_first_step(spark, monkeypatch, engine, name) -> None:
+    here = worker.versions()
+    for module in (barrier, shuffle):  # the driver claims another; the executors are other processes
+        monkeypatch.setattr(module, "versions", lambda: here | {name: "1.2"})
+    estimator = TorchClassifier(module=nn.Linear(5, 3), numWorkers=2, engine=engine, progress="none")
+    with pytest.raises(RecipeError, match=rf"has {name} {here[name]}, the driver has 1\.2"):
+        estimator.fit(frame(spark, X, Y, [10, 10]))
+    monkeypatch.undo()
+    assert estimator.fit(frame(spark, X, Y, [10, 10])).history
+
+
+def test_a_build_is_no_version() -> None:
+    assert worker.versions()["torch"].count(".") == 1 and "+" not in worker.versions()["torch"]
+    worker.require_versions(worker.versions())
