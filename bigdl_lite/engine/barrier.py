@@ -84,16 +84,16 @@ class BarrierEngine:
         Raises PeerLost or MeetingTimeout where ranks are lost more often than recipe.recoveries.
         """
         p, sc = recipe.num_workers, frame.sparkSession.sparkContext
+        if is_elastic(sc) and not on_this_machine(sc):
+            raise RecipeError(
+                "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
+                "engine='shuffle', or an application with a fixed number of executors"
+            )
         free = slots(frame.sparkSession)
         if p > free:
             raise RecipeError(
                 f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {free} slots: "
                 f"ask for fewer workers, give Spark more cores, or take engine='shuffle'"
-            )
-        if is_elastic(sc) and not on_this_machine(sc):
-            raise RecipeError(
-                "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
-                "engine='shuffle', or an application with a fixed number of executors"
             )
         clear = _may_speak_in_clear(sc, self.allow_clear)
         if keep is not None and not clear:
@@ -185,7 +185,13 @@ def _listen(host: str | None, observer: Observer, keeper: Keeper | None, deadlin
         return contextlib.nullcontext()
     try:
         return Listener(host, secrets.token_hex(16), observer, keeper, deadline, lost)
-    except OSError:  # the driver's own host name cannot be bound here: no live lines, the rest works
+    except OSError as error:
+        if keeper is not None and keeper.checkpoints is not None:
+            raise RecipeError(
+                f"ranks cannot bring checkpoints to the driver: it cannot listen on spark.driver.host={host} ({error}); set it to an "
+                "address of this machine, or take engine='shuffle'"
+            ) from error
+        _LOG.info("no live lines, and after a loss the fit begins anew: the driver cannot listen on %s: %s", host, error)
         return contextlib.nullcontext()
 
 

@@ -169,7 +169,7 @@ class Speaker:
         if address is None:
             return
         try:
-            patience = _PATIENCE if rank < 0 else min(10.0, address.deadline)
+            patience = _PATIENCE if rank < 0 else min(3.0, address.deadline)
             self._link = call(address.host, address.port, address.token, "live", max(0, rank), patience, "the driver")
         except BigDLError as error:
             _LOG.info("no connection to the driver beside Spark's: %s", error)

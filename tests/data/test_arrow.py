@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import re
 import warnings
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from bigdl_lite.data.arrow import agree, nothing, shapes, share, tensor
-from bigdl_lite.data.columns import Column, Columns, Raw, describe, require
-from bigdl_lite.errors import DataError, RecipeError
+from bigdl_lite.data.columns import Column, Columns, Raw, describe, field, require
+from bigdl_lite.errors import DataError, RecipeError, UserError
 
 F, I = torch.float32, torch.int64  # noqa: E741
 
@@ -178,6 +179,59 @@ def test_a_function_may_return_a_number() -> None:
     assert one(pa.array([b"a", b"bc"]), decoder=lambda data: len(data)).tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    "result", [None, "text", [[1], [2, 3]], np.ones(2, "c8"), np.array([object()]), torch.ones(1, requires_grad=True)], ids=repr
+)
+def test_a_function_that_returns_no_numbers_is_refused(result: object) -> None:
+    with pytest.raises(DataError, match=r"the decoder of column 'x' returned a \w+ .*\(partition 4\)"):
+        one(pa.array([b"a"]), decoder=lambda data: result)
+
+
+def test_a_function_may_return_numbers_in_the_other_order_of_bytes() -> None:
+    assert one(pa.array([b"\1\2"]), decoder=lambda data: np.frombuffer(data, ">u2")).tolist() == [[258.0]]
+
+
+def test_a_function_that_raises_is_the_users_own_error_and_names_the_column() -> None:
+    with pytest.raises(UserError, match=r"(?s)^Traceback.*KeyError: 'mine'.*partition 4, in the decoder of column 'x'"):
+        one(pa.array([b"a"]), decoder=lambda data: {}["mine"])
+
+
+@pytest.mark.parametrize("dtype", ["object", "U5", "complex64", ">f4", "datetime64[s]", "f4,i4", None])
+def test_bytes_of_a_dtype_that_no_tensor_has_are_refused(dtype: Any) -> None:
+    with pytest.raises(RecipeError, match=r"Raw\(dtype=.*no tensor has it"):
+        Raw((2,), dtype)
+
+
+@pytest.mark.parametrize("shape", [3, "ab", None, (-1,), (1.5,), (None,)], ids=repr)
+def test_a_shape_that_no_array_has_is_refused(shape: Any) -> None:
+    with pytest.raises(RecipeError, match=r"Raw\(shape=.*is not the shape of an array"):
+        Raw(shape)
+
+
+def test_a_shape_and_a_dtype_are_written_in_one_way() -> None:
+    assert Raw([2, np.int64(3)], np.float32) == Raw((2, 3), "f4") == Raw((2, 3))
+
+
+# ---- the names that columns travel under ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x", "a b", "列", "_1", "f0 to f9 (0a1b2c3d)"])
+def test_a_name_that_spark_takes_for_nothing_else_is_kept(name: str) -> None:
+    assert field(name) == name
+
+
+NAMES = ["a.b", "a`b", "*", "a.*", "", "${x}", "\n", "__bigdl_lite_row"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_other_name_is_replaced_and_stands_in_messages(name: str) -> None:
+    assert field(name).isidentifier() and len({field(x) for x in NAMES}) == len(NAMES)
+    columns = describe(pa.schema([(field(name), pa.float64())]), [name], None, F)
+    assert share([batch(**{field(name): pa.array([1.0])})], columns, 0).inputs[0].tolist() == [1.0]
+    with pytest.raises(DataError, match=re.escape(f"column {name!r} has 1 null(s)")):
+        share([batch(**{field(name): pa.array([None], pa.float64())})], columns, 0)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +276,25 @@ def test_what_is_not_finite_is_refused_by_row(bad: float) -> None:
 def test_a_value_beyond_the_modules_dtype_is_refused_and_not_made_infinite() -> None:
     with pytest.raises(DataError, match="'x'"):
         one(pa.array([1.0, 1e300]))
+
+
+def test_a_whole_number_beyond_the_modules_dtype_is_refused_too() -> None:
+    with pytest.raises(DataError, match=r"'x' has values too large for torch\.float16"):
+        one(pa.array([b"a"]), torch.float16, decoder=lambda data: 10**5)
+
+
+def test_a_value_that_is_too_large_among_several_columns_names_its_own() -> None:
+    column = Column("a to c (00000000)", F, 1, members=("a", "b", "c"))
+    with pytest.raises(DataError, match="column 'b' has values too large"):
+        tensor(pa.array([[1.0, 1e300, 2.0]]), column, 0)
+
+
+@pytest.mark.parametrize("bad", [1.5, -0.25, 2, -1])
+def test_a_value_outside_0_to_1_is_refused_by_row_where_the_column_says_so(bad: float) -> None:
+    with pytest.raises(DataError, match=r"'x' has values outside 0 \.\. 1, which its loss takes, the first in row 11 of partition 4"):
+        tensor(pa.array([1, bad, bad]), Column("x", F, unit=True), 4, first_row=10)
+    assert tensor(pa.array([1, 0, 0.5]), Column("x", F, unit=True), 4).tolist() == [1, 0, 0.5]
+    assert tensor(pa.array([1, bad]), Column("x", F), 4).tolist() == [1, bad]
 
 
 def test_what_is_not_finite_passes_where_the_column_says_so() -> None:

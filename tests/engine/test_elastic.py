@@ -8,7 +8,7 @@ from tests.engine.test_faults import result, run
 
 __all__ = ["run"]  # the fixture
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]  # two minutes and a half
 
 
 def test_speculation_and_executors_that_come_and_go_change_no_bit(run):

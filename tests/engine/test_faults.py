@@ -111,6 +111,7 @@ def result(process: subprocess.Popen[str], seconds: float) -> dict:
     return json.loads(out.strip().splitlines()[-1])
 
 
+@pytest.mark.slow  # more than two minutes, most of them Spark's own waiting for executors that are gone
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 def test_shuffle_survives_the_loss_of_executors_in_every_phase(run):

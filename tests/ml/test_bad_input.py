@@ -8,6 +8,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from pyspark.ml.linalg import Vectors, VectorUDT
+from pyspark.sql import functions as F
+from pyspark.sql.types import LongType, StructField, StructType
 from torch import nn
 
 from bigdl_lite import TorchClassifier, TorchEstimator, TorchRegressor
@@ -52,7 +55,7 @@ def no_jobs(spark):
         ({"engine": "barrier", "numWorkers": 9}, RecipeError, "numWorkers=9 needs 9 tasks .* has 4 slots"),
         ({"clipNorm": -1.0}, RecipeError, "clipNorm is -1.0, must be above 0"),
         ({"schedulerInterval": "day"}, RecipeError, "schedulerInterval is 'day'"),
-        ({"module": 3}, RecipeError, "module is int, must be callable"),
+        ({"module": 3}, RecipeError, "module is 3, must be callable"),
         ({"module": lambda: 3}, RecipeError, r"module\(\) returned int, not an nn.Module"),
         ({"module": nn.Flatten}, RecipeError, "no trainable parameter"),
         ({"optimizer": lambda p: torch.optim.LBFGS(p)}, RecipeError, "LBFGS is not supported"),
@@ -204,3 +207,113 @@ def test_any_shape_of_data_is_legal_and_equal_to_the_local_engine(spark, engine,
     alone = fit(df, "local", numWorkers=workers, batchSize=batch)
     torch.testing.assert_close(flat(model.module), flat(alone.module), rtol=0, atol=1e-6)
     assert sum(line["rows"] for line in model.history if "step" in line) == n
+
+
+# ---- what fuzzing found (test_fuzz.py), each a story of its own -------------------------------------------------------------
+
+
+def test_a_name_that_stands_for_two_columns_is_refused_by_name(spark, no_jobs):
+    df = spark.createDataFrame([], "features array<double>, Features int, label long, x int, x int")
+    with pytest.raises(DataError, match="column 'features' is ambiguous: the DataFrame has 'features', 'Features'; rename one"):
+        fit(df)
+    with pytest.raises(DataError, match="column 'x' is ambiguous: the DataFrame has 'x', 'x'"):
+        fit(df, inputCols=["label"], labelCol="x")
+
+
+def test_names_that_differ_in_case_are_two_where_the_user_told_spark_so(spark):
+    df = rows(spark, [GOOD] * 4).selectExpr("features", "label as Label", "7 as label")
+    spark.conf.set("spark.sql.caseSensitive", "true")
+    try:
+        assert fit(df, labelCol="Label").engine == "local"
+    finally:
+        spark.conf.unset("spark.sql.caseSensitive")
+    with pytest.raises(DataError, match="column 'Label' is ambiguous"):  # the control
+        fit(df, labelCol="Label")
+
+
+@pytest.mark.parametrize("name", ["a.b", "a`b", "*", "${x}", "", "__bigdl_lite_row"])
+def test_any_name_trains_and_scores(spark, name):
+    df = rows(spark, [GOOD] * 4).withColumnsRenamed({"features": name, "label": "b.c"})
+    columns = df.withColumn("one", F.lit(1.0)).withColumnsRenamed({"one": f"{name}1"})
+    model = fit(columns, numWorkers=1, inputCols=[name], labelCol="b.c", predictionCol="p.q")  # one worker: rows are dealt anew
+    assert model.transform(columns).columns[-1] == "p.q" and model.transform(columns).count() == 4
+    side = TorchRegressor(
+        module=lambda: nn.Linear(2, 1), inputCols=[[f"{name}1", f"{name}1"]], labelCol="b.c", engine="local", progress="none"
+    )
+    assert side.fit(columns).transform(columns).count() == 4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_null_among_vectors_names_column_and_partition(spark, engine):
+    made = [(Vectors.dense(GOOD), 0), (Vectors.sparse(5, {1: 2.0}), 1), (None, 2)]
+    schema = StructType([StructField("features", VectorUDT()), StructField("label", LongType())])
+    with pytest.raises(DataError, match=r"column 'features' has 1 null\(s\), the first in row 1 of partition 1"):
+        fit(spark.createDataFrame(spark.sparkContext.parallelize(made, 2), schema), engine)
+    sound = spark.createDataFrame(spark.sparkContext.parallelize(made[:2], 2), schema)
+    assert fit(sound, engine).transform(sound).count() == 2
+
+
+def test_decimals_in_arrays_of_arrays_are_numbers(spark):
+    df = spark.sql("select array(array(1.25, 2.5), array(3.75, 4.0)) features, 1L label")
+    model = fit(df, module=lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 3)))
+    assert model.transform(df).count() == 1
+
+
+def test_a_type_that_arrow_cannot_carry_names_its_column(spark, no_jobs):
+    with pytest.raises(DataError, match="column 'features' is of type interval"):
+        fit(spark.sql("select make_interval(1) features, 1L label"))
+
+
+@pytest.mark.parametrize(
+    "kind, loss", [(TorchRegressor, nn.HuberLoss()), (TorchClassifier, nn.BCEWithLogitsLoss()), (TorchEstimator, nn.MSELoss())]
+)
+def test_a_label_of_whole_numbers_may_be_compared_with_an_output(spark, kind, loss):
+    """torch's losses of this kind do not all take them: HuberLoss and BCEWithLogitsLoss raise in the backward pass."""
+    df = frame(spark, X, (Y > 0).astype("i8"), [20, 20])
+    make = lambda: nn.Sequential(nn.Linear(5, 1), nn.Flatten(0))  # noqa: E731
+    settings = {"module": make, "loss": loss, "engine": "local", "numWorkers": 2, "progress": "none"}
+    whole, floats = (kind(**settings).fit(x) for x in (df, df.withColumn("label", df.label.cast("double"))))
+    assert torch.equal(flat(whole.module), flat(floats.module))
+
+
+@pytest.mark.parametrize("loss", [nn.BCEWithLogitsLoss(), nn.BCELoss()], ids=repr)
+def test_a_label_that_is_neither_0_nor_1_is_refused_by_losses_of_one_output(spark, loss):
+    """BCEWithLogitsLoss itself says nothing, and trains nonsense."""
+    make = lambda: nn.Sequential(nn.Linear(5, 1), nn.Sigmoid())  # noqa: E731
+    with pytest.raises(DataError, match=r"column 'label' has values outside 0 .. 1, .* the first in row \d+ of partition 0"):
+        fit(frame(spark, X, Y, [20, 20]), module=make, loss=loss)
+    assert fit(frame(spark, X, Y > 0, [20, 20]), module=make, loss=loss).numClasses == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_the_last_step_made_infinite_are_no_model(spark, engine):
+    """The loss of the last step is finite: it was taken before the step."""
+    with pytest.raises(DivergedError, match="the weights are not finite after the last step"):
+        fit(frame(spark, X, Y, [20, 20]), engine, batchSize=40, optimizer=lambda p: torch.optim.SGD(p, lr=float("inf")))
+
+
+def test_an_rdd_whose_rows_do_not_fit_the_first_is_refused_and_nothing_is_cut_off(spark):
+    def train(*labels):
+        pairs = spark.sparkContext.parallelize([(np.ones(5, "f4"), y) for y in labels], 1)
+        return TorchRegressor(module=lambda: nn.Linear(5, 1), engine="local", numWorkers=1, progress="none").fit(pairs)
+
+    with pytest.raises(DataError, match="an array of float64, the first row one of int64, which cannot hold it"):
+        train(1, 2.5)
+    with pytest.raises(DataError, match=r"arrays of shapes \[\(5,\), \(2,\)\], the first \[\(5,\), \(\)\]"):
+        train(1, [2, 3])
+    with pytest.raises(DataError, match="label of the RDD's first row has dtype <U4"):
+        train("text")
+    assert train(1.0, 2).engine == "local"
+
+
+def test_output_columns_of_one_name_are_refused(df):
+    model = fit(df)
+    with pytest.raises(RecipeError, match="rawPredictionCol, probabilityCol and predictionCol must differ"):
+        model.copy({model.predictionCol: "Probability"}).transform(df)
+
+
+def test_a_column_of_another_type_is_refused_by_transform_before_any_job(spark, df):
+    model = fit(df)
+    for kind, words in (("string", "of type string, which no tensor can hold"), ("binary", "binary: say how to read it")):
+        with pytest.raises(DataError, match=f"column 'features' is {words}"):
+            model.transform(spark.createDataFrame([], f"features {kind}"))
