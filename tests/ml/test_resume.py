@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,26 @@ def test_frozen_parameters_are_part_of_what_is_loaded(data, tmp_path) -> None:
     loaded = TorchModel.load(str(tmp_path / "saved"), module=net, step="last")
     for name, x in model.module.state_dict().items():
         assert torch.equal(loaded.module.state_dict()[name], x), name
+
+
+def test_a_full_disk_costs_checkpoints_and_nothing_else(data, tmp_path) -> None:
+    """A file system of 64 KB: the first checkpoints fit, the later ones do not; the last that did is whole."""
+    where = tmp_path / "tiny"
+    where.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", where], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system of 64 KB")
+    try:
+        flag = tmp_path / "flag"
+        whole = estimator(None, flag).fit(data)
+        with pytest.warns(RuntimeWarning, match="no checkpoint of step .*No space left.*bytes.*free"):
+            model = estimator(where, flag, checkpointInterval=1, checkpointKeep=50).fit(data)
+        assert torch.equal(flat(model.module), flat(whole.module))
+        last = Checkpoints(str(where), "fit").last()
+        assert last is not None and 0 < last.step < 12
+        again = estimator(where, flag, checkpointInterval=1, checkpointKeep=1, resume=True).fit(data)
+        assert torch.equal(flat(again.module), flat(whole.module)), "and it goes on from there"
+    finally:
+        subprocess.run(["umount", where], check=True)
 
 
 @pytest.mark.parametrize("engine", ["local", "shuffle", "barrier"])
