@@ -326,7 +326,7 @@ def cases(draw: Any, tasks: Sequence[str] = tuple(ESTIMATORS)) -> Case:
     workers = draw(st.integers(1, 4) | st.just(parts))
     case = Case(
         [], parts, [[c.name for c in i] if isinstance(i, list) else i.name for i in inputs], label.name, task,
-        workers, draw(st.integers(1, 2)), draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 3)) == 0,
+        workers, draw(st.integers(1, 2)), draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 7)) == 0,
     )  # fmt: skip
     case.faults += [] if rows else [Fault(DataError, "no rows")]
     for item in inputs:
@@ -434,8 +434,8 @@ def fuzz(cases: st.SearchStrategy[Any], count: int, run: Callable[[Any], str]) -
 
 @pytest.mark.parametrize("task", ESTIMATORS)
 def test_any_schema_and_any_rows(spark, task):
-    seen = fuzz(cases([task]), 45, lambda case: run(case, spark))
-    assert 8 <= seen["fit"] <= 40, seen
+    seen = fuzz(cases([task]), 40, lambda case: run(case, spark))
+    assert 8 <= seen["fit"] <= 35, seen
 
 
 @pytest.mark.parametrize("engine", ["barrier", "shuffle"])
@@ -886,8 +886,8 @@ def run_rdd(case: tuple[list[Any], list[Fault]], spark: Any) -> str:
 
 
 def test_any_rdd(spark):
-    seen = fuzz(rdds(), 30, lambda case: run_rdd(case, spark))
-    assert seen["fit"] >= 8 and seen["DataError"] >= 5, seen
+    seen = fuzz(rdds(), 25, lambda case: run_rdd(case, spark))
+    assert seen["fit"] >= 5 and seen["DataError"] >= 3, seen
 
 
 COMPUTED = {
@@ -979,8 +979,8 @@ def run_scoring(case: Scoring, model: Any, spark: Any) -> str:
 def test_any_frame_is_scored(spark, df):
     estimator = TorchEstimator(module=functools.partial(Net, 3, 3), loss=nn.CrossEntropyLoss(), engine="local", progress="none")
     model = estimator.fit(df)
-    seen = fuzz(scorings(), 40, lambda case: run_scoring(case, model, spark))
-    assert seen["scored"] >= 8 and seen["DataError"] >= 4 and seen["RecipeError"] >= 2, seen
+    seen = fuzz(scorings(), 30, lambda case: run_scoring(case, model, spark))
+    assert seen["scored"] >= 5 and seen["late"] >= 1 and seen["DataError"] >= 2 and seen["RecipeError"] >= 1, seen
 
 
 # ---- the judge itself -------------------------------------------------------------------------------------------------
