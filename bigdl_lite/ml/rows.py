@@ -21,7 +21,8 @@ from bigdl_lite.data.columns import Raw, numeric
 from bigdl_lite.errors import DataError
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n((?:[ \t].*\n|\n)*)(\S.*)")  # of a Python worker
-_CONDITION = re.compile(r"\[(?!INTERNAL_ERROR)[A-Z][A-Z0-9_.]{3,}\] .*")  # as Spark names what is wrong in SQL
+# as Spark names what is wrong in SQL; what these three stand in has nothing to do with rows
+_CONDITION = re.compile(r"\[(?![A-Z_.]*(?:INTERNAL|CANCEL|MEMORY))[A-Z][A-Z0-9_.]{3,}\] .*")
 _RAISED = re.compile(r"\): (java\.lang\.\w+Exception: .*)")  # the same before Spark 4
 
 

@@ -252,8 +252,12 @@ def test_a_driver_that_is_killed_again_and_again_ends_with_the_same_weights(run,
     assert len(set(seen)) == 10
 
 
+FAULTS = ["killed", "stopped"], ["killed in decode", "stopped in decode", "killed, no states"]
+
+
 @pytest.mark.timeout(240)
-def test_barrier_goes_on_from_the_last_state_after_the_loss_of_a_rank(run):
+@pytest.mark.parametrize("names", [FAULTS[0], pytest.param(FAULTS[1], marks=pytest.mark.slow)], ids=["training", "more"])
+def test_barrier_goes_on_from_the_last_state_after_the_loss_of_a_rank(run, names):
     """One rank is killed, or stopped, in training or while it reads its rows; the weights are those of an undisturbed run.
 
     Its last state is a step old (recoveryInterval=0), so one step is repeated; without states (inf), all are.
@@ -305,6 +309,8 @@ def test_barrier_goes_on_from_the_last_state_after_the_loss_of_a_rank(run):
     told = {"calm": calm, "base": base}
     for name, how in {"killed": dict(net=9), "stopped": dict(net=19), "killed in decode": dict(decode=9),
                       "stopped in decode": dict(decode=19), "killed, no states": dict(net=9, every=float("inf"))}.items():
+        if name not in NAMES:
+            continue
         weights, hit, made, whole, seconds = fit(**how)
         told[name] = {"hit": hit, "equal": torch.equal(weights, quiet), "steps": whole, "repeated": made - calm, "seconds": seconds}
     class Ill(nn.Module):
@@ -330,21 +336,21 @@ def test_barrier_goes_on_from_the_last_state_after_the_loss_of_a_rank(run):
     told["NaN"], told["memory"] = error("NaN"), error("memory")
     pids = children(os.getpid())
     told["left"] = [n for n in os.listdir("/dev/shm") if "bigdl" in n]
-    told["stopped"]["alive"] = [p for p in pids if open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] == "T"]
+    told["alive"] = [p for p in pids if open(f"/proc/{p}/stat").read().rsplit(")", 1)[1].split()[0] == "T"]
     print(json.dumps(told))
     """
-    told = result(run("import resource\nfrom pyspark import TaskContext\n" + textwrap.dedent(program)), 220)
+    told = result(run(f"import resource\nfrom pyspark import TaskContext\nNAMES = {names}\n" + textwrap.dedent(program)), 220)
     print(told)
     assert told["left"] == [] and told["calm"] == 24
     assert told["NaN"].startswith("DivergedError") and "step 4 on rank 1" in told["NaN"]
     assert told["memory"].startswith("UserError") and "allocate" in told["memory"] and "rank 1" in told["memory"]
-    assert told["stopped"].pop("alive") == [], "the stopped process was ended"
-    for name in ("killed", "stopped", "killed in decode", "stopped in decode", "killed, no states"):
+    assert told["alive"] == [], "a stopped process was ended"
+    most = {"killed": 2, "stopped": 2, "killed in decode": 0, "stopped in decode": 0, "killed, no states": 24}
+    for name in names:
         found = told[name]
-        assert found["hit"] and found["equal"] and found["steps"], (name, found)
-    assert 0 <= told["killed"]["repeated"] <= 2 and 0 <= told["stopped"]["repeated"] <= 2
-    assert told["killed in decode"]["repeated"] == told["stopped in decode"]["repeated"] == 0
-    assert told["killed, no states"]["repeated"] >= 9, "the control: without states all is done again"
+        assert found["hit"] and found["equal"] and found["steps"] and 0 <= found["repeated"] <= most[name], (name, found)
+    if "killed, no states" in names:
+        assert told["killed, no states"]["repeated"] >= 9, "the control: without states all is done again"
 
 
 @pytest.mark.timeout(120)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from pyspark.errors import PySparkException
 from pyspark.ml.linalg import Vectors, VectorUDT
 from pyspark.sql import functions as F
 from pyspark.sql.types import LongType, StructField, StructType
@@ -15,6 +16,7 @@ from torch import nn
 
 from bigdl_lite import TorchClassifier, TorchEstimator, TorchRegressor
 from bigdl_lite.errors import DataError, DivergedError, RecipeError, UserError
+from bigdl_lite.ml.rows import computed
 from tests.conftest import flat, frame, mlp, problem
 
 X, Y = problem(40)
@@ -304,6 +306,23 @@ def test_an_rdd_whose_rows_do_not_fit_the_first_is_refused_and_nothing_is_cut_of
     with pytest.raises(DataError, match="label of the RDD's first row has dtype <U4"):
         train("text")
     assert train(1.0, 2).engine == "local"
+
+
+@pytest.mark.parametrize(
+    "said, kind",
+    [
+        ("[DIVIDE_BY_ZERO] Division by zero. SQLSTATE: 22012", DataError),
+        ("Traceback (most recent call last):\n  File \"mine.py\", line 1, in f\nKeyError: 'x'\n", DataError),
+        ("[SPARK_JOB_CANCELLED] Job 3 cancelled as part of cancellation of all jobs", PySparkException),
+        ("[INTERNAL_ERROR] The planner failed", PySparkException),
+        ("Job aborted due to stage failure: ExecutorLostFailure (executor 1 exited)", PySparkException),
+        ("Traceback (most recent call last):\n  File \"bigdl_lite/engine/tasks.py\", line 1, in f\nKeyError: 'x'\n", PySparkException),
+    ],
+)
+def test_only_what_rows_are_to_blame_for_is_an_error_of_the_data(said, kind):
+    with pytest.raises(kind) as caught, computed():
+        raise PySparkException(said)
+    assert said.strip().splitlines()[-1].split(" SQLSTATE")[0] in str(caught.value)
 
 
 def test_output_columns_of_one_name_are_refused(df):

@@ -287,7 +287,7 @@ class Case:
     def net(self) -> Callable[[], nn.Module]:
         width = sum(wide(x).shape[1] for x in self.inputs)
         outputs = {"classes": 3, "number": 1}.get(self.task) or (1 if self.target is None else wide(self.target).shape[1])
-        return functools.partial(Net, width or 1, outputs) if self.faults else functools.partial(Net, width, outputs)
+        return functools.partial(Net, width, outputs)
 
     def weights(self) -> Tensor:
         """What training must end in."""
@@ -435,9 +435,10 @@ def fuzz(cases: st.SearchStrategy[Any], count: int, run: Callable[[Any], str]) -
 @pytest.mark.parametrize("task", ESTIMATORS)
 def test_any_schema_and_any_rows(spark, task):
     seen = fuzz(cases([task]), 40, lambda case: run(case, spark))
-    assert 8 <= seen["fit"] <= 35, seen
+    assert 8 <= seen["fit"] <= 38, seen
 
 
+@pytest.mark.slow  # many Spark jobs each; the local engine takes the same cases in the default run
 @pytest.mark.parametrize("engine", ["barrier", "shuffle"])
 def test_any_schema_and_any_rows_on_executors(spark, engine):
     seen = fuzz(cases(), 15, lambda case: run(case, spark, engine))
@@ -980,7 +981,7 @@ def test_any_frame_is_scored(spark, df):
     estimator = TorchEstimator(module=functools.partial(Net, 3, 3), loss=nn.CrossEntropyLoss(), engine="local", progress="none")
     model = estimator.fit(df)
     seen = fuzz(scorings(), 30, lambda case: run_scoring(case, model, spark))
-    assert seen["scored"] >= 5 and seen["late"] >= 1 and seen["DataError"] >= 2 and seen["RecipeError"] >= 1, seen
+    assert 5 <= seen["scored"] <= 25 and seen["late"] and seen["DataError"] and seen["RecipeError"], seen
 
 
 # ---- the judge itself -------------------------------------------------------------------------------------------------
