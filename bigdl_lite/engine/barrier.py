@@ -64,11 +64,12 @@ class BarrierEngine:
     What ranks say to one another between nodes, and lines of history to the driver, travels past Spark and in clear. Each
     such connection is let in by a secret of the run, which travels in Spark's own task closure, and listens on the address
     that Spark uses; NCCL's connections have no such guard. Memory that ranks of one node share, which processes of the same
-    user can read, is not encrypted either. Rows, recipe and, with encryption on, starting
-    weights and the result travel through Spark and as Spark protects them.
+    user can read, is not encrypted either. Rows, recipe and, with encryption on, starting weights and the result travel
+    through Spark and as Spark protects them.
 
     So where the user asked Spark to encrypt, fit refuses a cluster unless allow_clear is given (RecipeError, on the driver,
-    before any job); on one machine (local[...]) it trains, without live lines.
+    before any job); on one machine (local[...]) it trains, without live lines and states: checkpoints are refused, and after a
+    loss the fit begins anew.
     """
 
     name = "barrier"
@@ -262,8 +263,9 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
         mine = share(batches, recipe.columns, rank)
     except Exception as error:
         failure = report(error, where)
-    hall = Hall(context, recipe, way.share_memory, way.secret)
+    hall = None
     try:
+        hall = Hall(context, recipe, way.share_memory, way.secret)
         everyone = hall.gather(mine, failure)
         if failure or any(other["failure"] for other in everyone):
             if failure:
@@ -289,8 +291,9 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             yield from _result(outcome, way.result)
         meeting.close()
     finally:
-        speaker.close()
-        hall.leave()
+        speaker.close()  # or a reused worker would go on saying that it is alive
+        if hall is not None:
+            hall.leave()
 
 
 class _ToDriver:

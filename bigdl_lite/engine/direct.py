@@ -111,7 +111,8 @@ def _computed(frame: DataFrame, leaf: Any, names: Sequence[str]) -> list[str]:
     def told(output: Any) -> list[tuple[str, str]]:
         return [number.fullmatch(text).groups() for text in output.mkString("\0").split("\0")]  # type: ignore[union-attr, misc]
 
-    in_files = {x: name for name, x in told(leaf.output())}
+    folders = set(leaf.relation().partitionSchema().fieldNames())  # their values count, also where files have the column too
+    in_files = {x: name for name, x in told(leaf.output()) if name not in folders}
     outputs = told(frame._jdf.queryExecution().analyzed().output())
     return [name for name, (_, x) in zip(frame.columns, outputs, strict=True) if name in names and in_files.get(x) != name]
 

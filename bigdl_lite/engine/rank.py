@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from bigdl_lite.algorithms import durable, merge_buffers
+from bigdl_lite.algorithms import merge_buffers
 from bigdl_lite.batch import Batch, mix, order, quotas
 from bigdl_lite.comm.block import Size
 from bigdl_lite.data.arrow import shapes
@@ -52,7 +52,6 @@ def train(
     history.start(plan, recipe.epochs, start.resume.sums if start.resume else None)
     if start.resume:
         start.resume.check(dealt(recipe, counts))
-        durable(method.advance)
         advancer.restore(start.resume.state)
     step, first, begun = start.now
     for epoch in range(first, recipe.epochs):

@@ -36,7 +36,7 @@ from bigdl_lite.ml.rows import computed, from_rdd, require_frame
 from bigdl_lite.ml.score import head_of
 from bigdl_lite.model.batchnorm import synchronised
 from bigdl_lite.model.layout import blueprint
-from bigdl_lite.model.replica import _ELEMENTWISE, Replica, Squeezed
+from bigdl_lite.model.replica import ELEMENTWISE_LOSSES, Replica, Squeezed
 from bigdl_lite.observe.progress import Progress
 
 
@@ -172,7 +172,7 @@ class TorchEstimator(Estimator, HasTraining):
         alone = label.depth == 0 and getattr(label.decoder, "shape", ()) == ()
         if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) and alone:
             return replace(label, dtype=torch.int64)
-        if isinstance(loss, _ELEMENTWISE):
+        if isinstance(loss, ELEMENTWISE_LOSSES):
             return replace(label, dtype=floating, unit=isinstance(loss, nn.BCEWithLogitsLoss | nn.BCELoss))
         return label
 

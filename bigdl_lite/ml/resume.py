@@ -65,7 +65,7 @@ def begin(
             )
         saved.require(model_of(recipe))
         found, lines = start_from(saved)
-        if saved.facts["about"]["buffers"] != about["buffers"] or found.buffers.shape != start.buffers.shape:
+        if saved.facts.get("about", {}).get("buffers") != about["buffers"] or found.buffers.shape != start.buffers.shape:
             raise CheckpointError(f"the checkpoint of step {saved.step} is of another model: its buffers differ from this module's")
         start = replace(found, constants=start.constants)
     durable(recipe.round.advance).check_state(replica, start.resume.state if start.resume else None)

@@ -23,7 +23,7 @@ from bigdl_lite.model.layout import Blueprint, read_buffers, write_buffers
 Loss = Callable[[Any, Tensor], Tensor]
 
 # these broadcast a [b] target against a [b, 1] output into [b, b] and train nonsense without an error
-_ELEMENTWISE = (
+ELEMENTWISE_LOSSES = (
     nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,
     nn.SoftMarginLoss,
 )  # fmt: skip
@@ -135,7 +135,7 @@ class Replica:
         rule = self.loss
         if isinstance(rule, Squeezed):
             rule, output = rule.loss, squeeze(output, target)
-        if isinstance(rule, _ELEMENTWISE) and output.shape != target.shape:
+        if isinstance(rule, ELEMENTWISE_LOSSES) and output.shape != target.shape:
             raise DataError(
                 f"forward returns {list(output.shape)} but the label is {list(target.shape)}, and {type(rule).__name__} "
                 "needs one shape: squeeze or reshape the output (TorchRegressor does it for a single output)"

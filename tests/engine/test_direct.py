@@ -153,6 +153,16 @@ def test_folders_that_name_a_column_are_read_for_the_others(spark, path, tmp_pat
     assert torch.equal(flat(fit(frame, "local").module), flat(through_spark(lambda: fit(frame, "local")).module))
 
 
+def test_a_folder_counts_more_than_a_column_of_that_name_in_its_files(spark, tmp_path) -> None:
+    """Spark takes the value from the folder's name; a worker would find the other one in the file."""
+    for k in range(2):
+        (tmp_path / f"x={k}").mkdir()
+        pq.write_table(pa.table({"x": pa.array([7, 7]), "y": pa.array([[1.0] * 9] * 2)}), tmp_path / f"x={k}" / "0.parquet")
+    frame = spark.read.parquet(str(tmp_path))
+    assert sorted(row.x for row in frame.select("x").collect()) == [0, 0, 1, 1], "what Spark makes of it"
+    assert located(frame, ["y"]) is not None and located(frame, ["y", "x"]) is None
+
+
 @pytest.mark.parametrize("engine", ["barrier", "local"])
 def test_bad_rows_are_the_same_error(spark, path, tmp_path, through_spark, engine) -> None:
     frame = spark.read.parquet(path)
