@@ -68,6 +68,11 @@ def quotas(counts: Sequence[int], batch_size: int) -> np.ndarray:
     return out
 
 
+def rounds(steps: int, batches: int) -> list[tuple[int, int]]:
+    """The batches of an epoch, `steps` of them, in rounds of `batches`: pairs (first, after the last); the last may be shorter."""
+    return [(at, min(at + batches, steps)) for at in range(0, steps, batches)]
+
+
 def _divmod_big(left: np.ndarray, want: int, total: int) -> tuple[np.ndarray, np.ndarray]:
     pairs = [divmod(int(x) * want, total) for x in left]
     return np.array([q for q, _ in pairs]), np.array([r for _, r in pairs], dtype=object)

@@ -1,12 +1,13 @@
 """The seams of every method that has a meeting point.
 
-    Round(local, combine, advance)
+    Round(local, combine, advance, exchange)
 
         local     on a worker, talks to nobody        batches of one share  -> Update
         combine   on the owner of a slice             updates, in rank order -> Update
+        exchange  instead of combine                  how updates travel, and are summed, perhaps only nearly (exchange.py)
         advance   on the server side, slice by slice  weights, Update        -> weights
 
-A method is a value made of three values, never a class of its own; a famous name is one row of the catalogue.
+A method is a value made of these values, never a class of its own; a famous name is one row of the catalogue.
 Transport and arithmetic keep apart: combine returns the sum over rows with its weight, and advance divides, once.
 
     n  length of the flat weights      m  values of the buffers      p  ranks
@@ -52,12 +53,24 @@ class Side:
     buffers: Tensor
 
 
+class Work(NamedTuple):
+    """One round on one worker. seed: of its random numbers. rates: the learning rate of each parameter group, at the server."""
+
+    seed: int
+    epoch: int
+    rates: Sequence[float]
+
+
 class Local(Protocol):
-    """What a worker does between two meetings. Deterministic in (weights, batches, seed): a retried task repeats it."""
+    """What a worker does between two meetings. Deterministic in (weights, batches, work): a retried task repeats it."""
 
-    batches: int  # batches of the epoch that one round takes
+    moves: bool  # whether it changes replica.weights: then each worker has weights of its own, the server's at the start of a round
 
-    def __call__(self, replica: Replica, batches: Sequence[Batch], seed: int) -> tuple[Update, float]:
+    def batches(self, epoch: int) -> int:
+        """Batches of this epoch that one round takes; the last round of an epoch takes what is left."""
+        ...
+
+    def __call__(self, replica: Replica, batches: Sequence[Batch], work: Work) -> tuple[Update, float]:
         """The update, and the loss summed over the rows. May return replica.gradient itself: it is not kept."""
         ...
 
@@ -160,9 +173,12 @@ def durable(advance: Advance) -> Durable:
 
 @dataclass(frozen=True)
 class Round:
+    """exchange: an algorithms.exchange.Exchange; None: updates travel and are combined as they are."""
+
     local: Local
     combine: Combine
     advance: Advance
+    exchange: Any = None
 
 
 def merge_buffers(sides: Sequence[Side]) -> Tensor:

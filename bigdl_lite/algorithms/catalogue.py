@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
 
 from bigdl_lite.algorithms.algorithm import Advance, Round
+from bigdl_lite.algorithms.exchange import Coded, Exchange
+from bigdl_lite.algorithms.gradiveq import GradiVeQ
+from bigdl_lite.algorithms.localsgd import local_sgd
 from bigdl_lite.algorithms.parts import Gradient, Sum
+from bigdl_lite.algorithms.powersgd import PowerSGD
+from bigdl_lite.algorithms.qadam import qadam
+from bigdl_lite.algorithms.rows import S2, UnionRows
 from bigdl_lite.errors import RecipeError
+from bigdl_lite.model.layout import Blueprint
+from bigdl_lite.wire.codec import BFloat16, Codec, Float16, Raw
+from bigdl_lite.wire.lossy import QSGD, MinMax8, Sign
+from bigdl_lite.wire.sparse import RandomK, TopK
 
 CATALOGUE: dict[str, Callable[[Advance], Round]] = {
     # every step: the gradients of all workers, summed, divided by the rows, one optimizer step
     "sync-sgd": lambda advance: Round(Gradient(), Sum(), advance),
+    # 8 steps on each worker, then the mean of the models; after=k: synchronous for k epochs first
+    "local-sgd": local_sgd(8),
+    "post-local-sgd": local_sgd(8, after=1),
+    # Adam; after 100 steps only the momentum travels, one bit a value
+    "qadam": qadam,
+}
+
+EXCHANGES: dict[str, Exchange] = {
+    "dense": Coded(Raw()),
+    "bf16": Coded(BFloat16()),
+    "fp16": Coded(Float16()),
+    "minmax8": Coded(MinMax8()),
+    "qsgd": Coded(QSGD()),
+    "sign": Coded(Sign(), residual=True),
+    "topk": Coded(TopK(0.01), residual=True, gather=True),
+    "randomk": Coded(RandomK(0.01), residual=True),
+    "powersgd": PowerSGD(),
+    "gradiveq": GradiVeQ(),
+    "union-rows": UnionRows(),
+    "s2-reducer": S2(),
 }
 
 
@@ -24,3 +58,46 @@ def method(name: str | Callable[[Advance], Round], advance: Advance) -> Round:
     if name not in CATALOGUE:
         raise RecipeError(f"algorithm={name!r} is not known; the catalogue has {', '.join(sorted(CATALOGUE))}")
     return CATALOGUE[name](advance)
+
+
+def with_exchange(round_: Round, given: str | Codec | Exchange | None, blueprint: Blueprint) -> Round:
+    """The round with an exchange: a name in EXCHANGES, a codec, which then goes through Coded, or a value of your own.
+
+    Raises RecipeError where it cannot work with the rest of the method, or with the module.
+    """
+    made: Any = given
+    if isinstance(given, str):
+        if given not in EXCHANGES:
+            raise RecipeError(f"exchange={given!r} is not known; there are {', '.join(sorted(EXCHANGES))}")
+        made = EXCHANGES[given]
+    elif given is not None and callable(getattr(given, "encode", None)):
+        made = Coded(given)  # type: ignore[arg-type]
+    elif given is not None and not all(callable(getattr(given, name, None)) for name in ("check", "start")):
+        raise RecipeError(
+            f"exchange is a {type(given).__name__}, must be one of {', '.join(sorted(EXCHANGES))}, a codec (encode, decode, nbytes), "
+            "or an exchange (check, start)"
+        )
+    if made is None:
+        made = round_.exchange
+        if made is None:
+            return round_
+    elif round_.exchange is not None:
+        raise RecipeError(
+            f"the algorithm brings its own exchange, {type(round_.exchange).__name__}: leave out exchange={given!r}, or take another "
+            "algorithm"
+        )
+    if not round_.combine.linear:
+        raise RecipeError(
+            f"an exchange gives the sum of all updates, and {type(round_.combine).__name__} must see each of them: leave out the "
+            f"exchange {type(made).__name__}"
+        )
+    if blueprint.layout.dtype != torch.float32:
+        raise RecipeError(f"an exchange takes updates of float32, the module is of {blueprint.layout.dtype}: leave out the exchange")
+    overlaps = getattr(made, "overlap", False)
+    if overlaps and not isinstance(round_.local, Gradient):
+        raise RecipeError(
+            f"overlap=True sends the gradient while backward computes it, and {type(round_.local).__name__} makes something else of "
+            "it: leave out overlap"
+        )
+    made.check(blueprint)
+    return replace(round_, exchange=made)

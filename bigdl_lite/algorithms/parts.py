@@ -11,12 +11,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bigdl_lite.algorithms.algorithm import State, Update
+from bigdl_lite.algorithms.algorithm import State, Update, Work
 from bigdl_lite.algorithms.state import Holding, Piece, check, join, restore, take, warn_of_settings
 from bigdl_lite.batch import Batch
 from bigdl_lite.errors import RecipeError
@@ -29,11 +29,14 @@ from bigdl_lite.vector import Cut, aligned, overlap, slices, snap
 class Gradient:
     """The gradient of one batch, summed over its rows."""
 
-    batches: int = 1
+    moves: ClassVar[bool] = False
 
-    def __call__(self, replica: Replica, batches: Sequence[Batch], seed: int) -> tuple[Update, float]:
+    def batches(self, epoch: int) -> int:
+        return 1
+
+    def __call__(self, replica: Replica, batches: Sequence[Batch], work: Work) -> tuple[Update, float]:
         (batch,) = batches
-        loss = replica.backward(batch, seed)
+        loss = replica.backward(batch, work.seed)
         return Update(replica.gradient, replica.weight(batch)), loss
 
 
@@ -191,6 +194,9 @@ class _Slice:
             p.grad = vector[start - first : stop - first].view(p.shape)
         if self.pieces:
             self.optimizer.step()
+        self.end_step()
+
+    def end_step(self) -> None:
         if self.scheduler is not None and self.how.per == "step":
             self._schedule(None)
 

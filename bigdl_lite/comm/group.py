@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bigdl_lite.comm.comm import Collectives
 from bigdl_lite.comm.door import Door, Service, Token, call, listen
 from bigdl_lite.comm.link import TENSOR, Link, exchange
 from bigdl_lite.errors import BigDLError, MeetingTimeout, PeerLost, RecipeError, WireError
-from bigdl_lite.vector import slices
 
 
 class Store:
@@ -137,8 +137,8 @@ def _unbound(host: str, error: OSError) -> RecipeError:
     )
 
 
-class Group:
-    """p members that exchange tensors; each call is made by all members in the same order.
+class Group(Collectives):
+    """p members that exchange tensors (comm.py); each call is made by all members in the same order.
 
     Tensors on CPUs travel over links that the token of the store has opened, bound to `host`; in clear. NCCL (device is a
     GPU) makes connections of its own, which are neither authenticated nor encrypted, and so is the store of torch that it
@@ -160,43 +160,6 @@ class Group:
             elif size > 1:
                 self._links = _linked(store, name, rank, size, host)
 
-    def all_to_all(self, out: Sequence[Tensor]) -> list[Tensor]:
-        """Sends out[j] to member j, whose in[self.rank] it becomes; lengths may differ by receiver but are slices of one n.
-
-        Every member receives p tensors as long as its own out[rank].  Cost: the sum of the others' lengths, sent.
-        """
-        mine = out[self.rank]
-        received = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        received[self.rank] = mine
-        self._trade("all_to_all", out, received)
-        return received
-
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        """The sum of x [n] over members, in member order, on the slice that this member owns (slices(n, p)[rank]).
-
-        Cost: n - len(slice) values sent by each member.
-        """
-        parts = self.all_to_all([x[start:stop] for start, stop in slices(len(x), self.size)])
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total.add_(part)
-        return total
-
-    def all_gather(self, mine: Tensor, out: Sequence[Tensor]) -> None:
-        """Fills out[j] with member j's tensor; lengths may differ between members.  Cost: (p - 1) len(mine) values sent."""
-        if mine.numel() and out[self.rank].data_ptr() != mine.data_ptr():
-            out[self.rank].copy_(mine)
-        self._trade("all_gather", [mine.contiguous()] * self.size, out)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over members, in member order: equal to the bit on all.  Cost: (p - 1) n values sent; for small x."""
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        self.all_gather(x, parts)
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
-
     def close(self) -> None:
         """Closes the connections, which ends the wait of every other member at once."""
         for link in self._links.values():
@@ -204,7 +167,6 @@ class Group:
         self._nccl = None
 
     def _trade(self, what: str, out: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-        """Sends out[j] to member j and fills into[j] from it, for all others; an empty tensor is not sent: both know its length."""
         self._calls += 1
         out = [x.contiguous() for x in out]
         turns = [((self.rank + step) % self.size, (self.rank - step) % self.size) for step in range(1, self.size)]

@@ -34,7 +34,7 @@ class Hall:
         self.host = context.getTaskInfos()[self.rank].address.rsplit(":", 1)[0]
         self.device = gpu(context)
         self.store: Store | None = None
-        self.mail = mailbox() if share_memory and self.device is None and available() else None
+        self.mail = mailbox() if share_memory and not recipe.apart and self.device is None and available() else None
         self.memory: Window | None = None
 
     def gather(self, mine: Batch | None, failure: dict[str, str] | None) -> list[dict[str, Any]]:
@@ -69,11 +69,13 @@ class Hall:
         if len(nodes) > 1:
             assert self.store is not None
             ip = socket.gethostbyname(self.host)
-            if place.local < place.rails:
-                rail = Group(self.store, f"rail{place.local}", place.node, len(nodes), ip, self.device)
+            exchange = recipe.round.exchange
+            if place.local < (place.rails if exchange is None else 1):
+                device = self.device if exchange is None else None  # what is encoded lies on the CPU
+                rail = Group(self.store, f"rail{place.local}", place.node, len(nodes), ip, device)
             if place.local == 0:
                 leaders = Group(self.store, "leaders", place.node, len(nodes), ip)
-        return Meeting(place, block, rail, leaders)
+        return Meeting(place, block, rail, leaders, recipe.round.exchange)
 
     def _mail_of(self, rank: int, address: str) -> Look | None:
         """A rank's mailbox, None where it is on another node."""

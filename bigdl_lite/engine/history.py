@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from bigdl_lite.algorithms import Side
 from bigdl_lite.engine.recipe import Observer
 from bigdl_lite.errors import DivergedError
@@ -27,6 +25,10 @@ def mean_loss(sides: Sequence[Side], step: int) -> float:
     return sum(side.loss for side in sides) / total if total else 0.0
 
 
+def _ratio(line: Mapping[str, Any]) -> float:
+    return line["sync_s"] / line["compute_s"] if line["compute_s"] else 0.0
+
+
 class History:
     """Collects lines; tells each to the observer as it comes."""
 
@@ -37,11 +39,11 @@ class History:
         self._line: dict[str, Any] | None = None  # the last step, until its bytes are known
         self._since = [0.0, 0]  # loss summed over rows, and rows, since the last checkpoint
 
-    def start(self, plan: np.ndarray, epochs: int, sums: Mapping[str, Any] | None = None) -> None:
-        """plan [S, p]: the rows that each share gives to each step of an epoch. sums: of the state to go on from."""
+    def start(self, steps: int, epochs: int, rows: int, sums: Mapping[str, Any] | None = None) -> None:
+        """steps of the whole fit, rows of an epoch. sums: of the state to go on from."""
         if sums:
             self._epoch, self._since = dict(sums["epoch"]), list(sums["since"])
-        self._observer({"start": {"steps": len(plan) * epochs, "epochs": epochs, "rows": int(plan.sum())}})
+        self._observer({"start": {"steps": steps, "epochs": epochs, "rows": rows}})
 
     def sums(self, saved: bool) -> dict[str, Any]:
         """What start() must know to go on from here, and "loss", the mean since the checkpoint before. saved: this is one."""
@@ -58,6 +60,7 @@ class History:
             "step": step, "epoch": epoch, "loss": loss, "rows": sum(side.rows for side in sides), "lr": lr, "seconds": seconds,
             "compute_s": compute, "sync_s": max(0.0, seconds - compute - data), "data_s": data, "bytes_sent": 0,
         }  # fmt: skip
+        self._line["sync_ratio"] = _ratio(self._line)
 
     def sent(self, nbytes: int) -> None:
         """Completes the last step with the bytes that all ranks sent in it, and tells the observer."""
@@ -80,7 +83,7 @@ class History:
     def epoch(self, epoch: int) -> float:
         """Closes the epoch; returns its mean loss."""
         total, self._epoch = self._epoch, {}
-        line = {"epoch": epoch, **total, "loss": total["loss"] / max(1, total["rows"])}
+        line = {"epoch": epoch, **total, "loss": total["loss"] / max(1, total["rows"]), "sync_ratio": _ratio(total)}
         self.lines.append(line)
         self._observer(line)
         return line["loss"]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms import State, durable
+from bigdl_lite.algorithms.exchange import NOTHING, merged
 from bigdl_lite.data.checkpoint import Checkpoint, Checkpoints
 from bigdl_lite.data.manifest import from_json, pack, to_json, unpack
 from bigdl_lite.engine.recipe import Position, Recipe, Resume, Start, dealt
@@ -41,6 +42,9 @@ class Part:
     cut       of the flat weights that `weights` and `state` belong to; owners: how many there are
     buffers, sums, lines    the same on every rank, but the lines of the history, which rank 0 alone has
     counts, shapes          rows of each share; the shape of one row in each column
+    shared, own, peer       with an exchange: what its peers share, what this one has alone, its number; -1: no peer
+
+    A peer that owns no weights whose state nobody else brings has no facts in `state`.
     """
 
     now: Position
@@ -55,6 +59,9 @@ class Part:
     lines: Sequence[dict[str, Any]]
     counts: Sequence[int]
     shapes: Sequence[Sequence[int]]
+    shared: State = NOTHING
+    own: State = NOTHING
+    peer: int = -1
 
 
 class Keep(Protocol):
@@ -177,7 +184,11 @@ def joined(parts: Sequence[Part], recipe: Recipe, before: Sequence[dict[str, Any
     weights = torch.empty(recipe.blueprint.layout.n, dtype=recipe.blueprint.layout.dtype)
     for part in parts:
         weights[slice(*part.cut)] = part.weights.detach()
-    state = durable(recipe.round.advance).join(part.state for part in parts)
+    state = durable(recipe.round.advance).join(part.state for part in parts if part.state.facts)
+    peers = sorted((part for part in parts if part.peer >= 0), key=lambda part: part.peer)
+    if peers:
+        copied = [State({name: x.clone() for name, x in s.tensors.items()}, s.facts) for s in (first.shared, *(p.own for p in peers))]
+        state = merged(state, copied[0], copied[1:])
     sums = {key: value for key, value in first.sums.items() if key != "loss"}
     resume = Resume(first.now, state, sums, dealt(recipe, first.counts))
     return Start(weights, first.buffers.clone(), {}, resume), [*before, *first.lines]
@@ -188,12 +199,18 @@ def dump(part: Part) -> tuple[int, Iterator[bytes | memoryview]]:
     told = {
         "now": list(part.now), "save": part.save, "rank": part.rank, "cut": list(part.cut), "owners": part.owners,
         "facts": to_json(part.state.facts), "sums": part.sums, "lines": list(part.lines), "counts": [int(x) for x in part.counts],
-        "shapes": [list(shape) for shape in part.shapes],
+        "shapes": [list(shape) for shape in part.shapes], "peer": part.peer, "shared": to_json(part.shared.facts),
+        "own": to_json(part.own.facts),
     }  # fmt: skip
     text = json.dumps(told).encode()
     text += b" " * (-len(text) % 8)
-    nbytes, pieces = pack({"weights": part.weights.detach(), "buffers": part.buffers, **part.state.tensors})
+    halves = {prefix + name: x for prefix, half in _halves(part) for name, x in half.tensors.items()}
+    nbytes, pieces = pack({"weights": part.weights.detach(), "buffers": part.buffers, **part.state.tensors, **halves})
     return 8 + len(text) + nbytes, chain([len(text).to_bytes(8, "little") + text], pieces)
+
+
+def _halves(part: Part) -> tuple[tuple[str, State], ...]:
+    return ("shared/", part.shared), ("own/", part.own)
 
 
 def parse(memory: Tensor) -> Part:
@@ -202,14 +219,18 @@ def parse(memory: Tensor) -> Part:
         start = 8 + int.from_bytes(bytes(memory[:8].tolist()), "little")
         told = json.loads(memory[8:start].numpy().tobytes())
         tensors = unpack(memory[start:])
-        state = State({name: x for name, x in tensors.items() if name not in ("weights", "buffers")}, from_json(told["facts"]))
+        weights, buffers = tensors.pop("weights"), tensors.pop("buffers")
+        shared, own = (State(_taken(tensors, half + "/"), from_json(told[half])) for half in ("shared", "own"))
+        state = State(tensors, from_json(told["facts"]))
         (start, stop), counts, shapes = told["cut"], told["counts"], told["shapes"]
         part = Part(
-            Position(*told["now"]), told["save"], told["rank"], (start, stop), tensors["weights"], state, told["owners"],
-            tensors["buffers"], told["sums"], told["lines"], counts, shapes,
+            Position(*told["now"]), told["save"], told["rank"], (start, stop), weights, state, told["owners"], buffers, told["sums"],
+            told["lines"], counts, shapes, shared, own, told["peer"],
         )  # fmt: skip
-        numbers = [*part.now, part.rank, part.owners - 1, start, stop - start, *counts, *(x for shape in shapes for x in shape)]
-        kinds = [(part.save, bool), (part.sums, dict), (part.lines, list), (counts, list), (shapes, list), (state.facts, dict)]
+        lengths = [*counts, *(x for shape in shapes for x in shape)]
+        numbers = [*part.now, part.rank, part.owners - 1, part.peer + 1, start, stop - start, *lengths]
+        kinds = [(part.save, bool), (part.sums, dict), (part.lines, list), (counts, list), (shapes, list)]
+        kinds += [(half.facts, dict) for half in (state, shared, own)]
         if not all(type(x) is int and x >= 0 for x in numbers) or not all(type(x) is kind for x, kind in kinds):
             raise ValueError("a number or a kind of value that no part has")
         if part.weights.shape != (stop - start,) or part.buffers.ndim != 1:
@@ -217,6 +238,11 @@ def parse(memory: Tensor) -> Part:
         return part
     except Exception as error:  # what JSON and torch make of nonsense
         raise WireError(f"{len(memory)} bytes are no part of a state: {type(error).__name__}: {error}") from error
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, taken out."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in [*tensors] if name.startswith(prefix)}
 
 
 def model_of(recipe: Recipe) -> dict[str, list[Any]]:

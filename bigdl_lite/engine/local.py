@@ -16,6 +16,7 @@ import torch
 
 from bigdl_lite.batch import Batch
 from bigdl_lite.comm.block import Block, private
+from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.data.arrow import agree, nothing, shapes, share
 from bigdl_lite.engine.keeper import Keep, forget
 from bigdl_lite.engine.meeting import Meeting, Place
@@ -27,7 +28,7 @@ Frame = Sequence[Iterable[pa.RecordBatch]]
 
 
 class LocalEngine:
-    """Memory: all rows, and p + 1 vectors of the length of the weights."""
+    """Memory: all rows, and p + 1 vectors of the length of the weights; 2 p with an exchange, because peers share nothing."""
 
     name = "local"
 
@@ -59,13 +60,19 @@ class _Threads:
         self.turn = threading.Lock()
         self.outcome: Outcome | None = None
         self.errors: dict[int, BaseException] = {}
-        size = block_size(recipe, recipe.num_workers)
-        self.size, self.memory = size, private(size.nbytes)
+        p = recipe.num_workers
+        self.nodes = tuple((r,) for r in range(p)) if recipe.apart else (tuple(range(p)),)
+        self.size = block_size(recipe, len(self.nodes[0]))
+        self.memories = [private(self.size.nbytes) for _ in self.nodes]
+        self.rails, self.leaders = Table(len(self.nodes)), Table(len(self.nodes))
         self.blocks: list[Block] = []
 
     def run(self) -> Outcome:
         p = self.recipe.num_workers
-        self.blocks = [Block(self.memory, self.size, r, self.recipe.deadline, self._pass_turn, watch=False) for r in range(p)]
+        places = [Place(r, self.nodes) for r in range(p)]
+        self.blocks = [
+            Block(self.memories[at.node], self.size, at.local, self.recipe.deadline, self._pass_turn, watch=False) for at in places
+        ]
         threads = [threading.Thread(target=self._rank, args=(r,), name=f"rank-{r}", daemon=True) for r in range(p)]
         with torch.random.fork_rng(devices=[]), _one_thread():
             for thread in threads:
@@ -75,7 +82,8 @@ class _Threads:
                     while thread.is_alive():
                         thread.join(0.2)  # a join without end could not be interrupted
             except BaseException:
-                self.blocks[0].fail()
+                for block in self.blocks:
+                    block.fail()
                 raise
         if self.errors:
             rank, error = min(self.errors.items(), key=lambda item: (isinstance(item[1], PeerLost), item[0]))
@@ -86,7 +94,10 @@ class _Threads:
         return self.outcome
 
     def _rank(self, r: int) -> None:
-        meeting = Meeting(Place(r, (tuple(range(len(self.shares))),)), self.blocks[r], None, None)
+        place, rail, leaders = Place(r, self.nodes), None, None
+        if len(self.nodes) > 1:
+            rail, leaders = (Room(table, r, self._pass_turn, self.recipe.deadline) for table in (self.rails, self.leaders))
+        meeting = Meeting(place, self.blocks[r], rail, leaders, self.recipe.round.exchange)
         with self.turn:
             try:
                 counts = [x.rows for x in self.shares]

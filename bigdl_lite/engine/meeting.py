@@ -11,19 +11,33 @@ Owner l M + m is local rank l of node m. A step, as seen by owner (l, m):
     node    wait                                                            everyone has the new weights
 
 Ranks with one local number form a rail: all of them send at once, so every link carries 1 / L of the model.
+
+With an exchange (algorithms/exchange.py) nodes are peers, and every node advances all of the weights:
+
+    node    wait; each rank sums its part of the node's gradient rows      memory
+    first   the exchange: the node's sum -> the sum over nodes             network
+    self    advance the own part of the node's weights                     optimizer
+    node    wait
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bigdl_lite.algorithms import Combine, Side, Update
+from bigdl_lite.algorithms import Combine, Side, Sum, Update
+from bigdl_lite.algorithms.exchange import NOTHING, Exchange, State, Turn, put_back
 from bigdl_lite.comm.block import Block
-from bigdl_lite.comm.group import Group
+from bigdl_lite.comm.comm import Collectives
+from bigdl_lite.comm.room import Room, Table
+from bigdl_lite.engine.overlap import Overlap
+from bigdl_lite.errors import DivergedError
+from bigdl_lite.model.layout import Blueprint
+from bigdl_lite.model.replica import Replica
 from bigdl_lite.vector import Cut
 
 # the first numbers of a side; buffers follow
@@ -54,22 +68,70 @@ class Place:
         return min(map(len, self.nodes))
 
 
+def _require_finite(x: Tensor, rank: int, step: int) -> None:
+    """A codec might make numbers of what is none."""
+    if not torch.isfinite(x).all():
+        raise DivergedError(
+            f"the update of rank {rank} is not finite in step {step}; lower the learning rate, clip gradients, or look at its rows"
+        )
+
+
 class Meeting:
     """One rank's side of every meeting of a fit.
 
     rail    the group of the ranks with this local number, one per node; None on a single node or where this rank owns nothing
     leaders the group of the first ranks of all nodes, which carries sides; None elsewhere
+
+    With an exchange, which then takes the rail of the first ranks, every rank owns its part of the node's weights.
     """
 
-    def __init__(self, place: Place, block: Block, rail: Group | None, leaders: Group | None) -> None:
-        self.place, self.block, self.rail, self.leaders = place, block, rail, leaders
-        self.owns = place.local < place.rails
-        self.owners = place.rails * len(place.nodes)
+    def __init__(
+        self, place: Place, block: Block, rail: Collectives | None, leaders: Collectives | None, exchange: Exchange | None = None
+    ) -> None:  # fmt: skip
+        self.place, self.block, self.rail, self.leaders, self.exchange = place, block, rail, leaders, exchange
+        self.owns = exchange is not None or place.local < place.rails
+        self.owners = place.rails * len(place.nodes) if exchange is None else len(place.nodes[place.node])
         self.wished = False  # whether rank 0 wants the state after this step to be kept; known to all after sides()
         self._told = 0  # bytes already accounted for
+        self._mark: int | None = None  # those before the buckets of this step
+        self._overlap: Overlap | None = None
+        self._comm = None if exchange is None or place.local else rail or Room(Table(1), 0)
+
+    def start(self, blueprint: Blueprint, state: State | None) -> None:
+        """Makes the exchanger, where there is an exchange, and puts its saved state back."""
+        self._exchanger = None
+        if self.exchange is not None and self._comm is not None:
+            self._exchanger = self.exchange.start(blueprint, self._comm)
+            if state is not None:
+                put_back(self.exchange, self._exchanger, state, self._comm)
+
+    @property
+    def keepers(self) -> int:
+        """How many ranks have something that a checkpoint needs (see keeps)."""
+        if self.exchange is None:
+            return self.owners
+        first = len(self.place.nodes[0])
+        return first + len(self.place.nodes) - 1 if self.exchange.remembers else first
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this rank has something that no other brings: a part of the weights, or its node's residual."""
+        if self.exchange is None:
+            return self.owns
+        return self.place.node == 0 or (self.exchange.remembers and not self.place.local)
+
+    def kept(self) -> tuple[State, State, int]:
+        """What all exchangers share, what that of this rank has alone, and the number of its peer; -1: it has none."""
+        if self._exchanger is None:
+            return NOTHING, NOTHING, -1
+        return self._exchanger.shared(), self._exchanger.own(), self.place.node
 
     def divide(self, cuts: Sequence[Cut]) -> None:
-        """Takes the cuts of all owners, M L of them."""
+        """Takes the cuts of all owners, `owners` of them."""
+        if self.exchange is not None:
+            self.cut = cuts[self.place.local]
+            self.slice = [self.cut]
+            return
         m = len(self.place.nodes)
         first = self.place.local * m
         self.slice = list(cuts[first : first + m]) if self.owns else [(0, 0)] * m
@@ -80,12 +142,17 @@ class Meeting:
     ) -> None:  # fmt: skip
         """Puts this rank's side on the table."""
         mine = self.block.sides[self.place.rank]
-        mine[:SIDE] = torch.tensor([rows, weight, loss, compute_s, data_s, self._sent(), 0.0, wish], dtype=torch.float64)
+        sent = self._sent(self._mark)
+        mine[:SIDE] = torch.tensor([rows, weight, loss, compute_s, data_s, sent, 0.0, wish], dtype=torch.float64)
         mine[SIDE:] = buffers
 
-    def _sent(self) -> int:
-        """Bytes that this rank has sent to other nodes since it last said so."""
-        sent = sum(g.bytes_sent for g in (self.rail, self.leaders) if g)
+    def _total(self) -> int:
+        return sum(g.bytes_sent for g in (self.rail, self.leaders) if g)
+
+    def _sent(self, until: int | None = None) -> int:
+        """Bytes that this rank has sent to other nodes since it last said so, of the first `until`."""
+        sent = self._total() if until is None else until
+        self._mark = None
         new, self._told = sent - self._told, sent
         return new
 
@@ -123,16 +190,74 @@ class Meeting:
         of_nodes = [sum(weights[r] for r in ranks) for ranks in self.place.nodes]
         return rule([Update(x, w) for x, w in zip(parts, of_nodes, strict=True)])
 
+    def begin(self, replica: Replica, rows: int, step: int, seed: int, share: float) -> None:
+        """Before the local work on `rows` of all ranks: buckets may leave from now on, where the exchange overlaps."""
+        if self._exchanger is None or not getattr(self.exchange, "overlap", False) or isinstance(self._comm, Room):
+            return
+        if self._overlap is None:
+            self._overlap = Overlap(replica, self.exchange.buckets(replica.layout.n))
+        turn, comm, exchanger = Turn(step, seed, share), self._comm, self._exchanger
+
+        def send(i: int, x: Tensor) -> Tensor:
+            x.div_(rows or 1)
+            _require_finite(x, self.place.rank, step)
+            return exchanger.bucket(i, x.cpu(), comm, turn)
+
+        self._mark = self._total()
+        self._overlap.begin(send)
+
+    def exchanged(self, sides: Sequence[Side], step: int, seed: int) -> Update:
+        """The mean over rows on this rank's cut, as the exchange gives it."""
+        ranks, grads = self.place.nodes[self.place.node], self.block.grads
+        rows = sum(side.rows for side in sides) or 1
+        if len(grads) > 1:
+            Sum()([Update(grad[slice(*self.cut)], 0.0) for grad in grads])
+            self.block.wait()
+        if self._exchanger is not None:
+            assert self._comm is not None
+            if self._overlap is not None:
+                self._overlap.end()
+            else:
+                x = grads[0].div_(rows)
+                _require_finite(x, self.place.rank, step)
+                share = sum(sides[r].rows for r in ranks) / rows
+                y = self._exchanger(x.cpu(), self._comm, Turn(step, seed, share))
+                if y.data_ptr() != x.data_ptr():
+                    x.copy_(y)
+        self.block.wait()
+        # the loss may weigh rows: its mean is over their weights
+        return Update(grads[0][slice(*self.cut)], sum(side.weight for side in sides) / rows)
+
+    def agree(self, what: str) -> None:
+        """Raises DivergedError where nodes that each advance all of the weights no longer have the same bits."""
+        if self.exchange is None or len(self.place.nodes) == 1:
+            return
+        if self.place.local == 0:
+            found = zlib.crc32(memoryview(self.block.weights.detach().cpu().view(torch.uint8).numpy()))
+            self.block.sides[self.place.rank, _MEASURE] = found
+        self.block.wait()
+        self._spread(self.block.sides)
+        found = [int(self.block.sides[ranks[0], _MEASURE]) for ranks in self.place.nodes]
+        self.block.wait()
+        other = next((m for m, x in enumerate(found) if x != found[0]), None)
+        if other is not None:
+            raise DivergedError(
+                f"ranks {self.place.nodes[0][0]} and {self.place.nodes[other][0]} no longer have the same weights {what} (CRC "
+                f"{found[0]:08x} and {found[other]:08x}): the exchange, or the optimizer, computes differently on two machines"
+            )
+
     def total(self, measured: float) -> float:
-        """The sum of one number over all ranks, in rank order."""
+        """The sum of one number over all owners, in rank order; the same bits on all ranks."""
         self.block.sides[self.place.rank, _MEASURE] = measured
         self.block.wait()
         self._spread(self.block.sides)
+        if self.exchange is not None:  # every node has measured all
+            return float(self.block.sides[list(self.place.nodes[0]), _MEASURE].sum())
         return float(self.block.sides[:, _MEASURE].sum())
 
     def publish(self) -> None:
         """Makes the advanced weights everyone's. All ranks have them when it returns."""
-        if self.rail is not None:
+        if self.rail is not None and self.exchange is None:
             self.rail.all_gather(self.block.weights[slice(*self.cut)], [self.block.weights[a:b] for a, b in self.slice])
         self.block.wait()
 

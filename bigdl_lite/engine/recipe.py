@@ -62,6 +62,7 @@ class Recipe:
     saving       when checkpoints are due; None: never
     recovery     seconds between the states that the barrier engine keeps to go on from after a loss; inf: none
     recoveries   losses after which a fit gives up
+    hierarchical with an exchange, whether the ranks of a node sum in memory first and are one peer; else each rank is a peer
     log_interval a step is kept in the history where step % log_interval == 0 (epochs always are)
     """
 
@@ -79,6 +80,7 @@ class Recipe:
     saving: Saving | None = None
     recovery: float = 60.0
     recoveries: int = 3
+    hierarchical: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -91,6 +93,15 @@ class Recipe:
             raise RecipeError(f"deadline is {self.deadline} s, must be above 0")
         if not self.recovery >= 0:
             raise RecipeError(f"recoveryInterval is {self.recovery} s, must be at least 0")
+
+    @property
+    def apart(self) -> bool:
+        """Whether each rank is a peer of its own, whoever it shares a machine with."""
+        return self.round.exchange is not None and not self.hierarchical
+
+    def steps(self, batches: int) -> int:
+        """Rounds of the whole fit, where an epoch has so many batches."""
+        return sum(-(-batches // self.round.local.batches(epoch)) for epoch in range(self.epochs))
 
     def due(self, now: Position) -> bool:
         """Whether a checkpoint is due at this moment."""
@@ -139,9 +150,10 @@ class Start:
 class Outcome:
     """weights [n], buffers [m] float64, and the history: one dict a step, one dict an epoch.
 
-    step:   step, epoch, loss, rows, lr, seconds, compute_s, sync_s, data_s, bytes_sent
-    epoch:  epoch, loss, rows, seconds, compute_s, sync_s, data_s, bytes_sent, steps
-    seconds are wall time; compute_s and data_s those of the slowest rank; sync_s is the rest. bytes_sent counts the
+    step:   step, epoch, loss, rows, lr, seconds, compute_s, sync_s, data_s, sync_ratio, bytes_sent
+    epoch:  epoch, loss, rows, seconds, compute_s, sync_s, data_s, sync_ratio, bytes_sent, steps
+    A step is a round: one batch, or several with local SGD. seconds are wall time; compute_s and data_s those of the slowest
+    rank; sync_s is the rest, and sync_ratio is sync_s / compute_s (0 where nothing was computed). bytes_sent counts the
     payload that all workers sent to other nodes, or into the shuffle. shapes: of one row in each column of the recipe.
     """
 

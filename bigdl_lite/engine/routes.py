@@ -3,14 +3,15 @@
     route     weights                         updates                                    combined by        for
     memory    workers map the driver's        the driver maps the workers'               the driver         one machine
     shuffle   Spark's broadcast               pieces, through Spark's shuffle            owners, in tasks   any cluster
+    exchange  Spark's broadcast               what the exchange makes of them, likewise  owners, in tasks   any cluster
 
-Both give the same updates, to the bit: parts are added in rank order. A round is repeated, as often as need be, where an
+The first two give the same updates, to the bit: parts are added in rank order. A round is repeated, as often as need be, where an
 executor lacks its share, or where memory went with the process that owned it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,17 +19,22 @@ import torch
 from pyspark import RDD, SparkContext
 from torch import Tensor
 
-from bigdl_lite.algorithms import Side, Update
+from bigdl_lite.algorithms import Exchanger, Side, Turn, Update
+from bigdl_lite.batch import mix
+from bigdl_lite.comm.comm import Residual, divided
 from bigdl_lite.comm.window import Look, Window, available, look
+from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
+from bigdl_lite.engine.replay import Ask, Packed, packed, to_bytes
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import encrypts, exchange, repeated
-from bigdl_lite.engine.tasks import Order, combined, combiner_of, looker_of, mapper_of, side_of, state_in, state_nbytes
+from bigdl_lite.engine.tasks import combined, combiner_of, looker_of, mapper_of, side_of, state_in, state_nbytes
 from bigdl_lite.errors import PeerLost, revive
 from bigdl_lite.wire import frame as wire
-from bigdl_lite.wire.codec import Codec
+from bigdl_lite.wire.codec import Codec, group_of
 
 _REFILLS = 20
+SMALL = 1 << 20  # bytes of a vector for which a second stage costs more than it saves
 
 
 class Blind(Exception):
@@ -37,12 +43,11 @@ class Blind(Exception):
 
 @dataclass(frozen=True)
 class Ground:
-    """What both routes stand on. static is the broadcast of (recipe, codec); refill brings back lost shares."""
+    """What all routes stand on. static is the broadcast of the recipe; refill brings back lost shares."""
 
     sc: SparkContext
     tokens: RDD[Any]
     recipe: Recipe
-    codec: Codec
     static: Any
     shipped: Shipped
     order: Order
@@ -94,40 +99,111 @@ class ShuffleRoute:
         ground = self.ground
         state = ground.sc.broadcast((_bytes(weights), _bytes(buffers)))
         try:
-            frames = _settled(lambda: self._job(order, state), ground, order.round)
+            frames = _settled(lambda: _job(ground, order, state, len(order.cuts)), ground, order.round)
         finally:
             state.destroy(blocking=False)
         sides = _sides(frames)
         weight = sum(side.weight for side in sides)
-        self._gather(frames, order)
-        nbytes = len(order.senders) * sum(ground.codec.nbytes(stop - start) for _, (start, stop) in order.pieces)
-        return sides, [Update(self.gradient[start:stop], weight) for start, stop in order.cuts], nbytes
-
-    def _job(self, order: Order, state: Any) -> list[wire.Frame]:
-        ground = self.ground
-        mapper = mapper_of(ground.static, ground.shipped, state, order)
-        if len(order.cuts) > 1:
-            back = exchange(ground.tokens, mapper, len(order.cuts), combiner_of(ground.static, order))
-        else:
-            pieces = repeated(ground.tokens, lambda rank, rows: (data for _, data in mapper(rank, rows)))("")
-            back = list(combined(0, pieces, ground.recipe, ground.codec, order))
-        return [wire.loads(data) for data in back]
-
-    def _gather(self, frames: list[wire.Frame], order: Order) -> None:
-        """The combined pieces, each at its place in the gradient."""
-        pieces, missing = order.pieces, set(range(len(order.pieces)))
-        target = memoryview(self.gradient.view(torch.uint8).numpy())
         width = self.gradient.itemsize
-        for f in frames:
-            if f.kind == wire.COMBINED:
-                start, stop = pieces[f.slice][1]
-                target[start * width : stop * width] = f.payload
-                missing.discard(f.slice)
-        if missing:
-            raise PeerLost(f"{len(missing)} of {len(pieces)} pieces did not come back in round {order.round}")
+        target = memoryview(self.gradient.view(torch.uint8).numpy())
+        for start, stop, payload in _combined(frames, order):
+            target[start * width : stop * width] = payload
+        nbytes = len(order.senders) * len(self.gradient) * width
+        return sides, [Update(self.gradient[start:stop], weight) for start, stop in order.cuts], nbytes
 
     def close(self) -> None:
         pass
+
+
+def _job(ground: Ground, order: Order, state: Any, owners: int) -> list[wire.Frame]:
+    """One job of two stages, or of one where the driver is the only owner."""
+    mapper = mapper_of(ground.static, ground.shipped, state, order)
+    if owners > 1:
+        back = exchange(ground.tokens, mapper, owners, combiner_of(ground.static, order))
+    else:
+        pieces = repeated(ground.tokens, lambda rank, rows: (data for _, data in mapper(rank, rows)))("")
+        back = list(combined(0, pieces, ground.recipe, order))
+    return [wire.loads(data) for data in back]
+
+
+def _combined(frames: list[wire.Frame], order: Order) -> Iterator[tuple[int, int, bytes | memoryview]]:
+    """The place and the payload of every combined piece. Raises PeerLost where one is missing."""
+    pieces, missing = order.pieces, set(range(len(order.pieces)))
+    for f in frames:
+        if f.kind == wire.COMBINED:
+            missing.discard(f.slice)
+            yield *pieces[f.slice][1], f.payload
+    if missing:
+        raise PeerLost(f"{len(missing)} of {len(pieces)} pieces did not come back in round {order.round}")
+
+
+class ExchangeRoute:
+    """Each sum that the exchange asks for is a job (replay.py). exchanger is the driver's, and the only one that lasts.
+
+    owners  that sum a vector, where it is not small
+    """
+
+    def __init__(self, ground: Ground, exchanger: Exchanger, owners: int) -> None:
+        self.ground, self.exchanger, self.owners = ground, exchanger, owners
+        self.zeros = torch.zeros(ground.recipe.blueprint.layout.n)
+
+    def round(self, order: Order, weights: Tensor, buffers: Tensor) -> tuple[list[Side], list[Update], int]:
+        ground = self.ground
+        comm = _Driver(ground, order, self.owners, (_bytes(weights), _bytes(buffers), packed(self.exchanger.shared())))
+        turn = Turn(order.round, mix(ground.recipe.seed, 3, order.round), 0.0)
+        total = self.exchanger(self.zeros.clone(), comm, turn)
+        if not comm.sides:  # it asked for nothing
+            comm.ask(0, torch.float32)
+        weight = sum(side.weight for side in comm.sides) / sum(order.quota)
+        return comm.sides, [Update(total[start:stop], weight) for start, stop in order.cuts], comm.bytes_sent
+
+    def close(self) -> None:
+        pass
+
+
+class _Driver:
+    """The comm of the driver's exchanger: its own vectors say only how long the sums are."""
+
+    def __init__(self, ground: Ground, order: Order, owners: int, state: tuple[Any, ...]) -> None:
+        self.rank, self.size, self.bytes_sent = 0, ground.recipe.num_workers, 0
+        self.sides: list[Side] = []
+        self._ground, self._order, self._owners, self._state = ground, order, owners, state
+        self._answers: list[Packed] = []
+
+    def all_reduce(
+        self, x: Tensor, codec: Codec | None = None, seed: int = 0, residual: Residual | None = None, gather: bool = False,
+        first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        return self.ask(len(x), x.dtype, codec, seed, gather, first)
+
+    def union(self, bits: Tensor) -> Tensor:
+        return self.ask(len(bits), bits.dtype, union=True)
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        self._answers.append(to_bytes(x))
+        return x.clone()
+
+    def ask(
+        self, n: int, dtype: torch.dtype, codec: Codec | None = None, seed: int = 0, gather: bool = False, first: int = 0,
+        union: bool = False,
+    ) -> Tensor:  # fmt: skip
+        ground, group = self._ground, 1 if codec is None else group_of(codec)
+        owners = 1 if not group or n * dtype.itemsize < SMALL else self._owners
+        total = torch.zeros(n, dtype=torch.float32 if codec is not None else dtype)
+        if n or not self.sides:
+            ask = Ask(len(self._answers), n, tuple(divided(n, owners, group)), dtype, codec, seed, gather, first, union)
+            order = replace(self._order, ask=ask)
+            state = ground.sc.broadcast((*self._state, list(self._answers)))
+            try:
+                frames = _settled(lambda: _job(ground, order, state, owners), ground, order.round)
+            finally:
+                state.destroy(blocking=False)
+            self.sides = _sides(frames)
+            for start, stop, payload in _combined(frames, order):
+                total[start:stop] = ask.server(start).decode(bytearray(payload), stop - start)
+            self.bytes_sent += len(order.senders) * ask.nbytes()
+        self._answers.append(to_bytes(total))
+        return total
 
 
 class MemoryRoute:

@@ -38,37 +38,37 @@ from pyspark.sql import DataFrame
 from torch import Tensor
 
 from bigdl_lite.algorithms import merge_buffers
-from bigdl_lite.batch import quotas
+from bigdl_lite.algorithms.exchange import NOTHING, put_back
+from bigdl_lite.batch import quotas, rounds
+from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
+from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
-from bigdl_lite.engine.routes import Blind, Ground, MemoryRoute, Route, ShuffleRoute, window_for
+from bigdl_lite.engine.routes import SMALL, Blind, ExchangeRoute, Ground, MemoryRoute, Route, ShuffleRoute, window_for
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import is_classic, jobs, on_this_machine, slots
-from bigdl_lite.engine.tasks import TOKEN, Order, decoder_of, remover_of, state_in
+from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
 from bigdl_lite.engine.worker import versions
 from bigdl_lite.errors import RecipeError, blamed, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.replica import Replica
-from bigdl_lite.wire.codec import Codec, Raw
 
 _LOG = logging.getLogger("bigdl_lite")
-_SMALL = 1 << 20  # bytes of weights for which a second stage costs more than it saves
 
 
 class ShuffleEngine:
-    """codec         how a slice of an update travels through the shuffle; None: as it is
-    share_memory  whether processes of one machine may look at each other's memory; never done with a codec, nor where
-                  Spark's encryption is on
+    """share_memory  whether processes of one machine may look at each other's memory; never done with an exchange, nor where
+    Spark's encryption is on
     """
 
     name = "shuffle"
 
-    def __init__(self, codec: Codec | None = None, share_memory: bool = True) -> None:
-        self.codec, self.share_memory = codec, share_memory
+    def __init__(self, share_memory: bool = True) -> None:
+        self.share_memory = share_memory
 
     def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keep = forget) -> Outcome:
         """Trains on a frame of recipe.num_workers partitions (see spark.arrange)."""
@@ -79,13 +79,28 @@ class ShuffleEngine:
                 "syncBatchNorm=True makes workers meet inside forward, which tasks of the shuffle engine cannot: "
                 "take engine='barrier' or 'local'"
             )
+        exchange = recipe.round.exchange
+        if exchange is not None and exchange.remembers:
+            raise RecipeError(
+                f"{exchange!r} keeps a residual on each worker, and tasks of the shuffle engine keep nothing: take engine='barrier' or "
+                "'local', or the same exchange with residual=False, where it has one"
+            )
+        if getattr(exchange, "overlap", False):
+            raise RecipeError(
+                "overlap=True sends buckets while backward runs, and tasks of the shuffle engine speak to nobody: take "
+                "engine='barrier', or overlap=False"
+            )
+        if exchange is not None and recipe.hierarchical:
+            raise RecipeError(
+                "hierarchical=True sums in the memory of a node first, and tasks of the shuffle engine do not meet: take "
+                "engine='barrier', or hierarchical=False"
+            )
         sc = frame.sparkSession.sparkContext
-        window = window_for(sc, recipe) if self.share_memory and self.codec is None else None
+        window = window_for(sc, recipe) if self.share_memory and exchange is None else None
         if window is None or not on_this_machine(sc):
             _check_size(sc, start.weights)
         with jobs(sc, f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
-            codec = self.codec or Raw(recipe.blueprint.layout.dtype)
-            return _Rounds(frame, recipe, start, observer, codec, window, keep).run()
+            return _Rounds(frame, recipe, start, observer, window, keep).run()
 
 
 def _check_size(sc: SparkContext, weights: Tensor) -> None:
@@ -104,9 +119,9 @@ def _check_size(sc: SparkContext, weights: Tensor) -> None:
 
 class _Rounds:
     def __init__(
-        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, codec: Codec, window: Window | None, keep: Keep
-    ) -> None:
-        self.frame, self.recipe, self.codec, self.window, self.start, self.keep = frame, recipe, codec, window, start, keep
+        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, window: Window | None, keep: Keep
+    ) -> None:  # fmt: skip
+        self.frame, self.recipe, self.window, self.start, self.keep = frame, recipe, window, start, keep
         self.sc = frame.sparkSession.sparkContext
         found = recipe.blueprint.layout
         if window is None:
@@ -117,15 +132,23 @@ class _Rounds:
         self.buffers = start.buffers
         self.history = History(recipe.log_interval, observer)
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
-        k = 1 if self.weights.nbytes < _SMALL else min(recipe.num_workers, slots(frame.sparkSession))
+        self.owners = max(1, min(recipe.num_workers, slots(frame.sparkSession)))
+        exchange = recipe.round.exchange
+        k = 1 if self.weights.nbytes < SMALL or exchange is not None else self.owners
         method = recipe.round.advance
-        self.cuts = method.cuts(self.replica, max(1, k))
+        self.cuts = method.cuts(self.replica, k)
         self.advancers = [method.start(self.replica, cut) for cut in self.cuts]
         if start.resume:
             for advancer in self.advancers:
                 advancer.restore(start.resume.state)
+        self.exchanger = None
+        if exchange is not None:
+            comm = Room(Table(recipe.num_workers), 0)  # which says only how many there are
+            self.exchanger = exchange.start(recipe.blueprint, comm)
+            if start.resume:
+                put_back(exchange, self.exchanger, start.resume.state, comm)
         self.shipped = Shipped.send(self.sc, replace(start, weights=start.weights[:0], resume=None), may_map=window is not None)
-        self.static = self.sc.broadcast(pack((recipe, codec)))
+        self.static = self.sc.broadcast(pack(recipe))
 
     def run(self) -> Outcome:
         tokens = self._ingest().persist(StorageLevel.MEMORY_AND_DISK)
@@ -134,21 +157,28 @@ class _Rounds:
             counts, found, sees = self._counts(tokens)
             plan = quotas(counts, self.recipe.batch_size)
             resume = self.start.resume
-            self.history.start(plan, self.recipe.epochs, resume.sums if resume else None)
+            self.history.start(self.recipe.steps(len(plan)), self.recipe.epochs, int(plan.sum()), resume.sums if resume else None)
             if resume:
                 resume.check(dealt(self.recipe, counts))
             begins = np.cumsum(plan, axis=0) - plan
             base = Order(self.recipe.run, counts, tuple(self.cuts))
             ground = Ground(
-                self.sc, tokens, self.recipe, self.codec, self.static, self.shipped, base,
+                self.sc, tokens, self.recipe, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),
             )  # fmt: skip
-            route = MemoryRoute(ground, self.window) if self.window is not None and sees else ShuffleRoute(ground)
+            if self.exchanger is not None:
+                route = ExchangeRoute(ground, self.exchanger, self.owners)
+            else:
+                route = MemoryRoute(ground, self.window) if self.window is not None and sees else ShuffleRoute(ground)
             step, first_epoch, begun = self.start.now
             for epoch in range(first_epoch, self.recipe.epochs):
                 past = begun if epoch == first_epoch else 0
-                for at, (first, quota) in enumerate(zip(begins[past:], plan[past:], strict=True), past + 1):
-                    order = replace(base, round=step, epoch=epoch, first=tuple(first.tolist()), quota=tuple(quota.tolist()))
+                each = rounds(len(plan), self.recipe.round.local.batches(epoch))
+                for at, (a, b) in enumerate(each[past:], past + 1):
+                    batches = tuple(map(tuple, plan[a:b].T.tolist()))
+                    rates = tuple(self.advancers[0].rates())
+                    first = tuple(begins[a].tolist())
+                    order = replace(base, round=step, epoch=epoch, first=first, batches=batches, rates=rates)
                     try:
                         self._round(route, order)
                     except Blind as why:
@@ -158,7 +188,7 @@ class _Rounds:
                         route = ShuffleRoute(ground)
                         self._round(route, order)
                     step += 1
-                    last = at == len(plan)
+                    last = at == len(each)
                     if last:
                         mean = self.history.epoch(epoch)
                         with blamed("the driver, in the scheduler"):
@@ -177,7 +207,8 @@ class _Rounds:
         sums = self.history.sums(True)
         for rank, (cut, advancer) in enumerate(zip(self.cuts, self.advancers, strict=True)):
             mine = self.weights[slice(*cut)], advancer.state(), len(self.cuts)
-            self.keep(Part(now, True, rank, cut, *mine, self.buffers, sums, self.history.lines, counts, found))
+            kept = (self.exchanger.shared(), self.exchanger.own(), 0) if self.exchanger and not rank else (NOTHING, NOTHING, -1)
+            self.keep(Part(now, True, rank, cut, *mine, self.buffers, sums, self.history.lines, counts, found, *kept))
 
     def _ingest(self) -> RDD[Any]:
         """One token a partition; computing it puts the decoded share on the executor's disk."""

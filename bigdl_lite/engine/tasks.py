@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +19,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from bigdl_lite.algorithms import Side, Update
+from bigdl_lite.algorithms import Side, Turn, Update, Work
 from bigdl_lite.batch import Batch, mix, order
 from bigdl_lite.comm.window import Look, Window, look
 from bigdl_lite.data.arrow import shapes, share
 from bigdl_lite.data.store import load, save
+from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.pack import foreign, unpack
 from bigdl_lite.engine.recipe import Recipe
+from bigdl_lite.engine.replay import from_bytes, message, unpacked
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
 from bigdl_lite.engine.worker import local_dir, require_versions, settle
 from bigdl_lite.errors import DataError, report, revive
 from bigdl_lite.model.replica import Replica
-from bigdl_lite.vector import Cut
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, Raw, on_bytes
-
-# values of one piece: 256 KB of float32, because the JVM treats arrays of half a heap region (512 KB at the least) in a
-# slow way of their own, and because small pieces let Python and the JVM work at the same time
-_PIECE = 1 << 16
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a map task needs to know of one round."""
-
-    run: str
-    counts: tuple[int, ...]
-    cuts: tuple[Cut, ...]
-    round: int = -1
-    epoch: int = -1
-    first: tuple[int, ...] = ()  # rows of each share that this epoch has dealt already
-    quota: tuple[int, ...] = ()  # rows that each share gives now
-
-    @property
-    def senders(self) -> list[int]:
-        return [rank for rank, quota in enumerate(self.quota) if quota]
-
-    @property
-    def pieces(self) -> list[tuple[int, Cut]]:
-        """The owner and the cut of every piece, in order."""
-        return [
-            (owner, (at, min(at + _PIECE, stop)))
-            for owner, (start, stop) in enumerate(self.cuts)
-            for at in range(start, stop, _PIECE)
-        ]
-
-    def dumps(self) -> str:
-        """The part that changes from round to round."""
-        return json.dumps([self.round, self.epoch, self.first, self.quota])
-
-    def loads(self, text: str) -> Order:
-        round_, epoch, first, quota = json.loads(text)
-        return Order(self.run, self.counts, self.cuts, round_, epoch, tuple(first), tuple(quota))
-
 
 # ---- what can be rebuilt ----------------------------------------------------------------------------------------------
 
@@ -102,7 +65,7 @@ def _cached(run: str, key: object, make: Callable[[], Any]) -> Any:
     return kept.values[key]
 
 
-def _static(broadcast: Any, run: str) -> tuple[Recipe, Codec]:
+def _static(broadcast: Any, run: str) -> Recipe:
     try:
         return _cached(run, "recipe", lambda: unpack(broadcast.value))  # once in a process, not once a task
     except Exception as error:
@@ -136,7 +99,7 @@ def decoder_of(
         told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None, "sees": sees}
         try:
             require_versions(versions)
-            found = share(batches, _static(static, run)[0].columns, partition)
+            found = share(batches, _static(static, run).columns, partition)
             if found is not None:
                 save(_folder(run), str(partition), found)
                 told |= {"rows": found.rows, "shapes": json.dumps(shapes(found))}
@@ -159,8 +122,8 @@ def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
 # ---- the local work ---------------------------------------------------------------------------------------------------
 
 
-def _rows(rank: int, recipe: Recipe, now: Order) -> Batch | None:
-    """This rank's rows of the round; None where its share is not on this executor."""
+def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
+    """This rank's batches of the round; None where its share is not on this executor."""
     rows = _cached(now.run, rank, lambda: load(_folder(now.run), str(rank)))
     if rows is None:
         return None
@@ -173,7 +136,8 @@ def _rows(rank: int, recipe: Recipe, now: Order) -> Batch | None:
     if now.epoch not in dealt:
         dealt.clear()
         dealt[now.epoch] = order(rows.rows, recipe.seed, now.epoch, rank)
-    return rows.take(dealt[now.epoch][now.first[rank] : now.first[rank] + now.quota[rank]])
+    edges = [now.first[rank], *(now.first[rank] + done for done in accumulate(now.batches[rank]))]
+    return [rows.take(dealt[now.epoch][a:b]) for a, b in pairwise(edges)]
 
 
 def _replica(recipe: Recipe, shipped: Shipped) -> Replica:
@@ -194,15 +158,16 @@ def _work(
     began = time.perf_counter()
     if not now.quota[rank]:
         return None, _side(Side(rank, 0, 0.0, 0.0, 0.0, 0.0, state()[1]), now.round)
-    batch = _rows(rank, recipe, now)
-    if batch is None:
+    batches = _rows(rank, recipe, now)
+    if batches is None:
         return None, wire.note(wire.MISS, rank, now.round, None)
     weights, buffers = state()
     replica.weights.copy_(weights)
     replica.buffers = buffers
     replica.write_to(gradient())
     ready = time.perf_counter()
-    update, loss = recipe.round.local(replica, [batch], mix(recipe.seed, 2, now.round, rank))
+    work = Work(mix(recipe.seed, 2, now.round, rank), now.epoch, now.rates)
+    update, loss = recipe.round.local(replica, batches, work)
     done = time.perf_counter()
     side = Side(rank, now.quota[rank], update.weight, loss, done - ready, ready - began, replica.buffers)
     return update, _side(side, now.round)
@@ -238,7 +203,7 @@ def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Calla
         list(tokens)  # a worker that leaves input unread is not reused
         now = base.loads(note_of_job())
         try:
-            for frame in _by_memory(rank, _static(static, now.run)[0], shipped, address, now):
+            for frame in _by_memory(rank, _static(static, now.run), shipped, address, now):
                 yield frame.dumps()
         except Exception as error:
             yield _told(error, rank, now).dumps()
@@ -294,34 +259,59 @@ def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable
     return task
 
 
-def _by_value(rank: int, static: tuple[Recipe, Codec], shipped: Shipped, state: Any, now: Order) -> Keyed:
-    recipe, codec = static
+def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Order) -> Keyed:
     found = recipe.blueprint.layout
     replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
-    gradient = lambda: _cached(now.run, "gradient", lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
+    key = "gradient" if now.ask is None else ("gradient", rank)
+    gradient = lambda: _cached(now.run, key, lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
 
     def received() -> tuple[Tensor, Tensor]:
-        weights, buffers = state.value
+        weights, buffers, *_ = state.value
         return on_bytes(weights, found.dtype), on_bytes(buffers, torch.float64)
 
-    update, side = _work(rank, recipe, replica, received, gradient, now)
+    if now.ask is None:
+        update, side = _work(rank, recipe, replica, received, gradient, now)
+        vector = None if update is None else update.vector
+    else:
+        kept = _cached(now.run, ("update", rank), dict)  # of one round, so that its later jobs need not compute again
+        if now.round not in kept:
+            kept.clear()
+            kept[now.round] = _work(rank, recipe, replica, received, gradient, now)
+        update, side = kept[now.round]
+        if side.kind != wire.SIDE:
+            kept.clear()
+        vector = None if update is None else _message(rank, recipe, update, state, now)
     yield 0, side.dumps()
     if update is not None:
+        assert vector is not None
         for i, (owner, (start, stop)) in enumerate(now.pieces):
-            payload = codec.encode(update.vector[start:stop])
-            yield owner, wire.Frame(wire.PIECE, rank, i, now.round, update.weight, stop - start, payload, codec.tag).dumps()
+            codec: Codec = Raw(found.dtype) if now.ask is None else now.ask.sender(rank, start)
+            payload = codec.encode(vector[start:stop])
+            tag = getattr(codec, "tag", 255)
+            yield owner, wire.Frame(wire.PIECE, rank, i, now.round, update.weight, stop - start, payload, tag).dumps()
+
+
+def _message(rank: int, recipe: Recipe, update: Update, state: Any, now: Order) -> Tensor:
+    """What this rank brings to the sum that the exchange asks for."""
+    assert now.ask is not None
+    _, _, shared, answers = state.value
+    quota = now.quota
+    turn = Turn(now.round, mix(recipe.seed, 3, now.round), quota[rank] / sum(quota))
+    known = [from_bytes(x) for x in answers]
+    x = update.vector / sum(quota)
+    exchange = recipe.round.exchange
+    return message(exchange, recipe.blueprint, unpacked(shared), now.ask, known, x, turn, rank, len(quota))
 
 
 def combiner_of(static: Any, now: Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:
     def task(owner: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
         settle()
-        recipe, codec = _static(static, now.run)
-        yield from combined(owner, pieces, recipe, codec, now)
+        yield from combined(owner, pieces, _static(static, now.run), now)
 
     return task
 
 
-def combined(owner: int, pieces: Iterable[bytes], recipe: Recipe, codec: Codec, now: Order) -> Iterator[bytes]:
+def combined(owner: int, pieces: Iterable[bytes], recipe: Recipe, now: Order) -> Iterator[bytes]:
     """Every piece of an owner as soon as all parts of it are there; sides, errors and missing shares as they are."""
     waiting: dict[int, dict[int, wire.Frame]] = {}
     for data in pieces:
@@ -333,12 +323,22 @@ def combined(owner: int, pieces: Iterable[bytes], recipe: Recipe, codec: Codec, 
         parts[frame.rank] = frame
         if len(parts) < len(now.senders):
             continue
-        total = recipe.round.combine([_decode(parts[rank], codec) for rank in now.senders])
+        frames = [parts[rank] for rank in now.senders]
         del waiting[frame.slice]
-        payload = Raw(total.vector.dtype).encode(total.vector)
-        yield wire.Frame(wire.COMBINED, owner, frame.slice, now.round, total.weight, len(total.vector), payload).dumps()
+        if now.ask is None:
+            raw = Raw(recipe.blueprint.layout.dtype)
+            total = recipe.round.combine([Update(_decoded(raw, part), part.weight) for part in frames]).vector
+            codec: Codec = raw
+        else:
+            at = now.pieces[frame.slice][1][0]
+            total = _decoded(now.ask.sender(frames[0].rank, at), frames[0])
+            for part in frames[1:]:
+                now.ask.add(total, _decoded(now.ask.sender(part.rank, at), part))
+            codec = now.ask.server(at)
+        payload = codec.encode(total)
+        yield wire.Frame(wire.COMBINED, owner, frame.slice, now.round, 0.0, len(total), payload).dumps()
 
 
-def _decode(frame: wire.Frame, codec: Codec) -> Update:
-    # a copy: the first vector is summed into, and bytes must not be written to
-    return Update(codec.decode(bytearray(frame.payload), frame.values), frame.weight)
+def _decoded(codec: Codec, frame: wire.Frame) -> Tensor:
+    """In memory of its own: the first vector is summed into, and bytes must not be written to."""
+    return codec.decode(bytearray(frame.payload), frame.values)

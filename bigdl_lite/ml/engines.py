@@ -30,7 +30,7 @@ class _LocalFrame:
 ENGINES = {"barrier": BarrierEngine, "shuffle": ShuffleEngine, "local": _LocalFrame}
 
 
-def choose(asked: Any, workers: int | None, spark: SparkSession) -> tuple[Engine, int]:
+def choose(asked: Any, workers: int | None, spark: SparkSession, exchange: Any = None) -> tuple[Engine, int]:
     """The engine and the number of workers; None: one worker for each slot.
 
     "auto" takes the barrier engine where that many tasks can run at the same time, executors do not come and go (dynamic
@@ -46,7 +46,7 @@ def choose(asked: Any, workers: int | None, spark: SparkSession) -> tuple[Engine
         sc = spark.sparkContext
         # what ranks say to one another is not encrypted, and Spark has no barrier where executors come and go
         fit = on_this_machine(sc) or not (encrypts(sc) or is_elastic(sc))
-        name = "barrier" if p <= free and fit else "shuffle"
+        name = "barrier" if (p <= free and fit) or getattr(exchange, "remembers", False) else "shuffle"
         _LOG.info("engine=%s: %d workers, %d slots", name, p, free)
         return ENGINES[name](), p
     if asked not in ENGINES:

@@ -18,7 +18,7 @@ from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
 from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
-from bigdl_lite.algorithms import Round, method
+from bigdl_lite.algorithms import Exchange, Round, method, with_exchange
 from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, TorchOptimizer
 from bigdl_lite.data.columns import Column, Decoder
 from bigdl_lite.data.parquet import FILE
@@ -38,6 +38,7 @@ from bigdl_lite.model.batchnorm import synchronised
 from bigdl_lite.model.layout import blueprint
 from bigdl_lite.model.replica import ELEMENTWISE_LOSSES, Replica, Squeezed
 from bigdl_lite.observe.progress import Progress
+from bigdl_lite.wire.codec import Codec
 
 
 def _adam(parameters: Any) -> torch.optim.Optimizer:
@@ -59,7 +60,11 @@ class TorchEstimator(Estimator, HasTraining):
     decoders          how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}
     batchSize         rows of one step over ALL workers
     numWorkers        workers, each with a share of the rows; None: all slots
-    engine            "auto" | "barrier" | "shuffle" | "local", or an engine object such as ShuffleEngine(codec=...)
+    engine            "auto" | "barrier" | "shuffle" | "local", or an engine object such as BarrierEngine(...)
+    algorithm         a name in bigdl_lite.algorithms.CATALOGUE ("sync-sgd", "local-sgd", ...), or a function optimizer -> Round
+    exchange          how updates travel between workers: a name in bigdl_lite.algorithms.EXCHANGES ("bf16", "topk", ...), a
+                      codec, or an exchange; not set: as they are. Each worker is a peer, so that the result does not depend on
+                      which of them share a machine; with hierarchical=True those of one machine are one peer
     clipNorm, clipValue   limits on the mean gradient, as torch's clip_grad_norm_ and clip_grad_value_
 
     checkpointDir     folder for checkpoints, any path that pyarrow.fs opens; written by the driver. checkpointInterval and
@@ -85,6 +90,7 @@ class TorchEstimator(Estimator, HasTraining):
         decoders: Mapping[str, Decoder] | None = None, batchSize: int | None = None, epochs: int | None = None,
         numWorkers: int | None = None, engine: str | Engine | None = None,
         algorithm: str | Callable[[TorchOptimizer], Round] | None = None, seed: int | None = None,
+        exchange: str | Codec | Exchange | None = None, hierarchical: bool | None = None,
         clipNorm: float | None = None, clipValue: float | None = None, syncBatchNorm: bool | None = None,
         logInterval: int | None = None, predictBatchSize: int | None = None, progress: str | None = None,
         checkpointDir: str | None = None, checkpointInterval: int | None = None, checkpointUnit: str | None = None,
@@ -98,6 +104,7 @@ class TorchEstimator(Estimator, HasTraining):
             algorithm="sync-sgd", seed=0, optimizer=_adam, schedulerInterval="epoch", syncBatchNorm=False, logInterval=1,
             predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
             checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0,
+            hierarchical=False,
         )  # fmt: skip
         unknown = sorted(name for name in more if not self.hasParam(name))
         if unknown:
@@ -126,17 +133,19 @@ class TorchEstimator(Estimator, HasTraining):
             given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue")
         )
         round_ = _try(lambda: method(given("algorithm"), advance), "the algorithm")
+        round_ = _try(lambda: with_exchange(round_, given("exchange"), plan), "the exchange")
         replica = Replica(plan, weights.clone(), None, constants, loss)
         _try(lambda: round_.advance.check(replica), "the optimizer or scheduler")
         loss = self._loss(loss)
-        check(module=plan, loss=loss, optimizer=advance, decoders=decoders)
-        engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession)
+        check(module=plan, loss=loss, optimizer=advance, decoders=decoders, exchange=round_.exchange)
+        engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession, round_.exchange)
         with computed():
             frame = arrange(dataset, [*inputs, label], p)
         columns = replace(columns, row=ROW if ROW in frame.columns else None, located=FILE in frame.columns)
         recipe = Recipe(
             plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),
             given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}", saving_of(self), recovery_of(self, round_, replica),
+            hierarchical=given("hierarchical"),
         )  # fmt: skip
         start, keeper = begin(self, recipe, start, replica, lambda: about(self._model, recipe, columns, self._kind(loss), maker))
         before = list(keeper.before) if keeper else []

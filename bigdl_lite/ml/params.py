@@ -82,6 +82,10 @@ class HasTraining(HasScoring, HasLabelCol, HasSeed):
     seed = _param("seed", "of the first weights, of the order of rows and of dropout", _int)
     numWorkers = _param("numWorkers", "workers, each with a share of the rows; not set: all slots", _int)
     engine = _param("engine", "'auto', 'barrier', 'shuffle' or 'local', or an engine object")
+    exchange = _param("exchange", "how updates travel: a name from bigdl_lite.algorithms.EXCHANGES, a codec, or an exchange")
+    hierarchical = _param(
+        "hierarchical", "with an exchange, workers of one machine sum in memory first and are one peer", TypeConverters.toBoolean
+    )
     algorithm = _param("algorithm", "a name from bigdl_lite.algorithms.CATALOGUE, or a function optimizer -> Round")
     clipNorm = _param("clipNorm", "largest norm of the whole gradient; not set: no limit", _float)
     clipValue = _param("clipValue", "largest magnitude of one value of the gradient; not set: no limit", _float)

@@ -1,7 +1,7 @@
 """Codecs: how a flat vector becomes bytes.
 
-A codec is a frozen value. It says beforehand how long its encoding will be, and whether encoded forms may be summed.
-Which exchanges a step makes is another question, and lives elsewhere.
+A codec is a frozen value. It says beforehand how long its encoding will be, and which values it encodes together.
+Which exchanges a step makes is another question, and lives elsewhere (comm/comm.py, algorithms/exchange.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from bigdl_lite.errors import WireError
 
 
 class Codec(Protocol):
-    """x [n] float32  <->  bytes.  `tag` is written on the wire: never reused, never renumbered."""
+    """x [n] float32  <->  bytes.  Deterministic: a retried task sends the same bytes.
+
+    tag    written on the wire: never reused, never renumbered. 255 is for codecs of users
+    group  values that are encoded together: a vector may be cut at multiples of it. 1: anywhere; 0: nowhere
+    at     the codec for one vector: seed is that of the step, the same on all ranks; rank that of the sender (-1: of a sum);
+           first the place of x[0] in the flat vector. Only codecs with random numbers need it: made_for() asks
+
+    A class without tag, group or at has 255, 0 and itself. `contracts` (True where it is not there) says whether what is lost of a
+    vector is shorter than the vector, which error feedback needs.
+    """
 
     tag: ClassVar[int]
-    linear: ClassVar[bool]
 
     def encode(self, x: Tensor) -> bytes | memoryview: ...
 
@@ -29,9 +37,19 @@ class Codec(Protocol):
     def nbytes(self, n: int) -> int: ...
 
 
-def on_bytes(data: bytes, dtype: torch.dtype, count: int = -1, offset: int = 0) -> Tensor:
+def group_of(codec: Codec) -> int:
+    return int(getattr(codec, "group", 0))
+
+
+def made_for(codec: Codec, seed: int, rank: int, first: int) -> Codec:
+    """The codec with the random numbers of this step, sender and place, where it uses any."""
+    make = getattr(codec, "at", None)
+    return make(seed, rank, first) if make else codec
+
+
+def on_bytes(data: bytes | memoryview, dtype: torch.dtype, count: int = -1, offset: int = 0) -> Tensor:
     """A tensor on bytes that must not be written to: only to be copied from, so torch's warning of that is not wanted."""
-    if not data or not count:
+    if not len(data) or not count:
         return torch.empty(0, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -48,7 +66,7 @@ class Raw:
     """The values as they are, little-endian.  [n] <-> n itemsize bytes.  encode and decode copy nothing."""
 
     tag: ClassVar[int] = 0
-    linear: ClassVar[bool] = True
+    group: ClassVar[int] = 1
     dtype: torch.dtype = torch.float32
 
     def encode(self, x: Tensor) -> memoryview:
@@ -67,14 +85,40 @@ class BFloat16:
     """Rounded to bfloat16 (8 bits of mantissa), summed in float32 after decoding.  [n] <-> 2 n bytes."""
 
     tag: ClassVar[int] = 1
-    linear: ClassVar[bool] = False
+    group: ClassVar[int] = 1
 
     def encode(self, x: Tensor) -> memoryview:
         return memoryview(x.detach().to(torch.bfloat16).view(torch.uint8).numpy())
 
     def decode(self, data: bytes | memoryview, n: int) -> Tensor:
         _check(self, data, n)
-        return torch.frombuffer(data, dtype=torch.bfloat16, count=n).float() if n else torch.empty(0)
+        return on_bytes(data, torch.bfloat16, n).float()
+
+    def nbytes(self, n: int) -> int:
+        return 2 * n
+
+
+@dataclass(frozen=True)
+class Float16:
+    """Rounded to IEEE half precision (11 bits of mantissa), summed in float32 after decoding.  [n] <-> 2 n bytes.
+
+    Error of a value: 2^-11 of it, but 2^-25 below 2^-14. Beyond 65504 it saturates; infinity and NaN stay what they are.
+    """
+
+    tag: ClassVar[int] = 2
+    group: ClassVar[int] = 1
+
+    def encode(self, x: Tensor) -> memoryview:
+        x = x.detach()
+        half = x.to(torch.float16)
+        over = half.isinf()
+        if over.any():
+            half = torch.where(over & x.isfinite(), x.sign().mul(65504.0).to(torch.float16), half)
+        return memoryview(half.contiguous().view(torch.uint8).numpy())
+
+    def decode(self, data: bytes | memoryview, n: int) -> Tensor:
+        _check(self, data, n)
+        return on_bytes(data, torch.float16, n).float()
 
     def nbytes(self, n: int) -> int:
         return 2 * n

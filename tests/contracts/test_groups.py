@@ -120,23 +120,6 @@ def test_all_to_all_brings_to_each_member_what_the_others_cut_for_it(members: An
 
 
 @every_size
-@pytest.mark.parametrize("n", [1, 7, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_reduce_scatter_sums_in_member_order_and_leaves_the_input(members: Any, p: int, n: int, dtype: torch.dtype) -> None:
-    cuts = slices(n, p)
-
-    def act(group: Group) -> tuple[Tensor, Tensor, int]:
-        mine = vector(group.rank, n, dtype)
-        return group.reduce_scatter(mine), mine, group.bytes_sent
-
-    for rank, (found, mine, sent) in enumerate(members(p)(act)):
-        a, b = cuts[rank]
-        assert torch.equal(found, in_order([vector(r, n, dtype)[a:b] for r in range(p)]))
-        assert torch.equal(mine, vector(rank, n, dtype))
-        assert sent == dtype.itemsize * (n - (b - a))
-
-
-@every_size
 @pytest.mark.parametrize("lengths", [[5, 5, 5, 5], [0, 3, 1, 8], [4, 0, 0, 0], [0, 0, 0, 0]], ids=str)
 def test_all_gather_brings_every_members_tensor_to_all(members: Any, p: int, lengths: list[int]) -> None:
     def act(group: Group) -> tuple[list[Tensor], int]:
@@ -164,16 +147,38 @@ def test_all_gather_may_gather_into_the_vector_that_it_sends_from(members: Any, 
 
 
 @every_size
-@pytest.mark.parametrize("n", [0, 1, 13])
-def test_all_reduce_gives_the_same_bits_to_all_and_leaves_the_input(members: Any, p: int, n: int) -> None:
+@pytest.mark.parametrize("n", [0, 1, 13, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_all_reduce_gives_the_same_bits_to_all_and_leaves_the_input(members: Any, p: int, n: int, dtype: torch.dtype) -> None:
     def act(group: Group) -> tuple[Tensor, Tensor, int]:
-        mine = vector(group.rank, n, torch.float64)
+        mine = vector(group.rank, n, dtype)
         return group.all_reduce(mine), mine, group.bytes_sent
 
-    expected = in_order([vector(r, n, torch.float64) for r in range(p)])
+    expected = in_order([vector(r, n, dtype) for r in range(p)])
+    made = members(p)(act)
+    for rank, (found, mine, _) in enumerate(made):
+        assert torch.equal(found, expected) and torch.equal(mine, vector(rank, n, dtype))
+    assert sum(sent for *_, sent in made) == dtype.itemsize * 2 * (p - 1) * n
+
+
+@every_size
+@pytest.mark.parametrize("n", [0, 1, 13])
+def test_union_is_the_or_of_all_bits(members: Any, p: int, n: int) -> None:
+    made = members(p)(lambda group: (group.union(torch.full([n], 1 << group.rank, dtype=torch.uint8)), group.bytes_sent))
+    assert all(torch.equal(found, torch.full([n], 2**p - 1, dtype=torch.uint8)) for found, _ in made)
+    assert sum(sent for _, sent in made) == 2 * (p - 1) * n
+
+
+@every_size
+@pytest.mark.parametrize("n", [0, 1, 13])
+def test_broadcast_brings_the_roots_vector_to_all_in_memory_of_their_own(members: Any, p: int, n: int) -> None:
+    def act(group: Group) -> tuple[Tensor, Tensor, int]:
+        mine = vector(group.rank, n)
+        return group.broadcast(mine, p - 1), mine, group.bytes_sent
+
     for rank, (found, mine, sent) in enumerate(members(p)(act)):
-        assert torch.equal(found, expected) and torch.equal(mine, vector(rank, n, torch.float64))
-        assert sent == 8 * (p - 1) * n
+        assert torch.equal(found, vector(p - 1, n)) and torch.equal(mine, vector(rank, n))
+        assert (not n or found.data_ptr() != mine.data_ptr()) and sent == (4 * (p - 1) * n if rank == p - 1 else 0)
 
 
 def test_a_tensor_with_gaps_is_sent_by_its_values(members: Any) -> None:
@@ -186,14 +191,12 @@ def test_calls_may_follow_one_another_without_a_pause(members: Any) -> None:
         seen = []
         for turn in range(50):
             seen.append(float(group.all_reduce(torch.tensor([float(turn + group.rank)]))))
-            mine = group.reduce_scatter(torch.full([7], float(turn)))
-            seen.append(float(mine.sum()))
+            seen.append(float(group.all_reduce(torch.full([7], float(turn))).sum()))
         return seen
 
     found = members(3)(act)
-    sizes = [b - a for a, b in slices(7, 3)]
-    for rank, seen in enumerate(found):
-        assert seen == [x for turn in range(50) for x in (3.0 * turn + 3, 3.0 * turn * sizes[rank])]
+    for seen in found:
+        assert seen == [x for turn in range(50) for x in (3.0 * turn + 3, 21.0 * turn)]
 
 
 def test_two_groups_may_live_side_by_side(members: Any, broken: Any) -> None:
@@ -218,7 +221,7 @@ def test_members_whose_lengths_differ_are_told_with_the_numbers(broken: Any) -> 
     found = run(broken(2), lambda group: group.all_reduce(torch.ones(3 + group.rank)))
     wrong = [x for x in found if isinstance(x, WireError)]
     assert wrong and all(isinstance(x, WireError | PeerLost) for x in found), found
-    assert all("of 2 in all_gather" in str(x) and "bytes came" in str(x) for x in wrong)
+    assert all("of 2 in all_" in str(x) and "bytes came" in str(x) for x in wrong)
 
 
 def test_a_member_that_has_missed_a_call_is_out_of_step(broken: Any) -> None:
@@ -242,14 +245,14 @@ def test_vectors_larger_than_all_buffers_pass_each_other(members: Any, p: int, n
     assert all(torch.equal(found, torch.full([n], p * (p + 1) / 2)) for found in members(p)(act))
 
 
-@pytest.mark.parametrize("call", ["all_to_all", "all_gather", "reduce_scatter", "all_reduce"])
+@pytest.mark.parametrize("call", ["all_to_all", "all_gather", "all_reduce", "union", "broadcast"])
 def test_every_call_on_a_connection_that_is_dead_is_a_lost_peer(broken: Any, call: str) -> None:
     first, second = broken(2)
     second.close()
     x = torch.ones(4)
     act = {
         "all_to_all": lambda: first.all_to_all([x, x]), "all_gather": lambda: first.all_gather(x, [x.clone(), x.clone()]),
-        "reduce_scatter": lambda: first.reduce_scatter(x), "all_reduce": lambda: first.all_reduce(x),
+        "all_reduce": lambda: first.all_reduce(x), "union": lambda: first.union(x.byte()), "broadcast": lambda: first.broadcast(x, 1),
     }  # fmt: skip
     for _ in range(3):
         with pytest.raises(PeerLost, match="member 0 of 2 in"):
@@ -259,7 +262,7 @@ def test_every_call_on_a_connection_that_is_dead_is_a_lost_peer(broken: Any, cal
 def test_a_member_that_is_silent_is_an_error_at_the_deadline(broken: Any) -> None:
     """Silent, not gone: its connections stay open."""
     found = run(broken(2, 1.0), lambda group: group.all_reduce(torch.ones(3)) if group.rank == 0 else None)
-    assert isinstance(found[0], MeetingTimeout) and "member 0 of 2 in all_gather (deadline 1 s)" in str(found[0])
+    assert isinstance(found[0], MeetingTimeout) and "member 0 of 2 in all_to_all (deadline 1 s)" in str(found[0])
 
 
 def test_a_member_that_never_comes_is_an_error_at_the_deadline() -> None:

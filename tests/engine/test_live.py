@@ -633,7 +633,8 @@ def test_a_rank_whose_address_is_not_its_machines_may_still_share_memory(
     alone = SimpleNamespace(
         partitionId=lambda: 0, getTaskInfos=lambda: [SimpleNamespace(address=f"{host}:1")], resources=dict, allGather=lambda x: [x]
     )
-    met = hall.Hall(alone, SimpleNamespace(run="r", num_workers=1, deadline=1.0), True, TOKEN)
+    recipe = SimpleNamespace(run="r", num_workers=1, deadline=1.0, apart=False, round=SimpleNamespace(exchange=None))
+    met = hall.Hall(alone, recipe, True, TOKEN)
     told = met.gather(None, None)
     assert len(told) == 1 and bool(told[0]["port"]) == port
     if not port:

@@ -51,7 +51,7 @@ def quick(**more):
 def test_every_param_has_a_default_or_is_required_and_a_doc():
     estimator = TorchEstimator()
     assert {p.name for p in estimator.params if not estimator.isDefined(p)} == {
-        "module", "loss", "scheduler", "numWorkers", "clipNorm", "clipValue", "checkpointDir",
+        "module", "loss", "scheduler", "numWorkers", "clipNorm", "clipValue", "checkpointDir", "exchange",
     }  # fmt: skip
     assert all(p.doc for p in estimator.params)
     assert "rows of one step over all workers" in estimator.explainParam("batchSize")
@@ -95,7 +95,7 @@ def test_history_has_a_line_for_each_step_and_each_epoch(df):
     assert [line["step"] for line in steps] == [0, 2, 4, 6, 8, 10]
     epochs = [line for line in history if "step" not in line]
     assert [line["rows"] for line in epochs] == [120] * 4 and epochs[-1]["loss"] < epochs[0]["loss"]
-    keys = {"step", "epoch", "loss", "rows", "lr", "seconds", "compute_s", "sync_s", "data_s", "bytes_sent"}
+    keys = {"step", "epoch", "loss", "rows", "lr", "seconds", "compute_s", "sync_s", "data_s", "sync_ratio", "bytes_sent"}
     assert all(set(line) == keys for line in steps)
     assert all(line["seconds"] >= line["compute_s"] for line in steps)
 
