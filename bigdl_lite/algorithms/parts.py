@@ -80,7 +80,8 @@ class TorchOptimizer:
     """Any torch optimizer, each owner advancing its slice: its state exists once in the cluster, not once a worker.
 
     Element-wise rules see their groups as a few long pieces of the flat vector, whatever the number of tensors. Rules
-    that need whole tensors (LARS, Muon, Adafactor, a class of your own) get them: cuts then fall between tensors.
+    that need whole tensors (LARS, Muon, Adafactor, a class of your own without `elementwise = True`) get them: cuts then fall
+    between tensors.
 
     clip_norm    the global norm of the mean gradient, as torch.nn.utils.clip_grad_norm_
     clip_value   the largest magnitude of one value of it, as clip_grad_value_
@@ -108,7 +109,7 @@ class TorchOptimizer:
 
     def cuts(self, replica: Replica, p: int) -> list[Cut]:
         even, optimizer = slices(replica.layout.n, p), self._optimizer(replica)
-        if type(optimizer) not in _ELEMENTWISE:
+        if not _elementwise(optimizer):
             return snap(even, [0, *(span.stop for span in replica.layout.parameters)])
         whole = (0, replica.layout.n)
         runs = [run for mine in _places(optimizer, _spans(replica)) for run, _ in _runs(mine, whole, False)]
@@ -147,7 +148,7 @@ class _Slice:
 
     def __init__(self, how: TorchOptimizer, optimizer: torch.optim.Optimizer, replica: Replica, cut: Cut) -> None:
         self.how, self.optimizer = how, optimizer
-        whole = type(optimizer) not in _ELEMENTWISE
+        whole = not _elementwise(optimizer)
         spans = _spans(replica)
         self.pieces: list[Piece] = []
         old = {key: value for key, value in optimizer.state.items() if isinstance(key, Tensor)}
@@ -221,6 +222,11 @@ class _Slice:
 
     def restore(self, state: State) -> None:
         restore(self.held, state)
+
+
+def _elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether slices may cut through tensors: torch's own rules, and classes that say so with `elementwise = True`."""
+    return type(optimizer) in _ELEMENTWISE or getattr(type(optimizer), "elementwise", False)
 
 
 def _spans(replica: Replica) -> dict[int, Span]:

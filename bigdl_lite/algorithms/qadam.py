@@ -42,6 +42,8 @@ class QAdam(torch.optim.Optimizer):
     refused: Adam's goes into the gradient, and from there into what is exchanged, where this class does not see it.
     """
 
+    elementwise: ClassVar[bool] = True
+
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, warmup: int = 100,

@@ -17,7 +17,7 @@ Idle = Callable[[int], None]
 
 
 def _pause(tries: int) -> None:
-    time.sleep(0 if tries < 100 else 1e-4)
+    time.sleep(1e-6 if tries < 1000 else 1e-4)
 
 
 class Table:

@@ -256,7 +256,8 @@ FAULTS = ["killed", "stopped"], ["killed in decode", "stopped in decode", "kille
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("names", [FAULTS[0], pytest.param(FAULTS[1], marks=pytest.mark.slow)], ids=["training", "more"])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", FAULTS, ids=["training", "more"])
 def test_barrier_goes_on_from_the_last_state_after_the_loss_of_a_rank(run, names):
     """One rank is killed, or stopped, in training or while it reads its rows; the weights are those of an undisturbed run.
 

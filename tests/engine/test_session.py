@@ -248,7 +248,7 @@ spark.stop()
 @pytest.mark.parametrize(
     "wanted",
     [
-        pytest.param({"cores": 2, "conf": {"spark.sql.shuffle.partitions": 5}}, id="local"),
+        pytest.param({"cores": 2, "conf": {"spark.sql.shuffle.partitions": 5}}, id="local", marks=pytest.mark.slow),
         pytest.param({"cluster": (2, 1, 1024)}, id="cluster", marks=[pytest.mark.cluster, pytest.mark.slow]),
     ],
 )

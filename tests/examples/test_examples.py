@@ -24,7 +24,7 @@ SMALL = recommender.SMALL
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("engine", ["barrier", "shuffle"])
+@pytest.mark.parametrize("engine", ["barrier", pytest.param("shuffle", marks=pytest.mark.slow)])
 def test_the_quickstart_reads_digits_with_both_spark_engines(spark, engine, capsys):
     figures = quickstart.main(["--engine", engine])
     assert figures["accuracy"] >= 0.97
