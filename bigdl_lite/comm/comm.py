@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.vector import Cut, slices
-from bigdl_lite.wire.codec import Codec, Raw, group_of, made_for, on_bytes
+from bigdl_lite.wire.codec import Codec, decoded, encoded, group_of, length, made_for, on_bytes
 
 SERVER = -1  # the rank in whose name a sum is encoded
 
@@ -155,7 +155,7 @@ class Collectives(ABC):
         mine = _encoded(sums[self.rank], total)
         if residual is not None:
             torch.sub(total, _decoded(sums[self.rank], mine, k), out=residual.owned)
-        told = [torch.empty(q.nbytes(k), dtype=torch.uint8) for q, k in zip(sums, lengths, strict=True)]
+        told = [torch.empty(length(q, k), dtype=torch.uint8) for q, k in zip(sums, lengths, strict=True)]
         self.all_gather(mine, told)
         return torch.cat([_decoded(q, data, k) for q, data, k in zip(sums, told, lengths, strict=True)])
 
@@ -166,7 +166,7 @@ class Collectives(ABC):
         mine = _encoded(senders[self.rank], x)
         if residual is not None:
             torch.sub(x, _decoded(senders[self.rank], mine, len(x)), out=residual.mine)
-        told = [torch.empty(q.nbytes(len(x)), dtype=torch.uint8) for q in senders]
+        told = [torch.empty(length(q, len(x)), dtype=torch.uint8) for q in senders]
         self.all_gather(mine, told)
         total = _decoded(senders[0], told[0], len(x))
         for q, data in zip(senders[1:], told[1:], strict=True):
@@ -187,13 +187,8 @@ def _length(cut: Cut) -> int:
 
 
 def _encoded(codec: Codec, x: Tensor) -> Tensor:
-    data = codec.encode(x)
-    if not len(data):
-        return torch.empty(0, dtype=torch.uint8)
-    return on_bytes(data, torch.uint8)
+    return on_bytes(encoded(codec, x), torch.uint8)
 
 
 def _decoded(codec: Codec, data: Tensor, n: int) -> Tensor:
-    """In memory of its own."""
-    back = codec.decode(memoryview(data.numpy()), n)
-    return back.clone() if isinstance(codec, Raw) else back
+    return decoded(codec, memoryview(data.numpy()), n)

@@ -31,7 +31,7 @@ from bigdl_lite.engine.spark import encrypts, exchange, repeated
 from bigdl_lite.engine.tasks import combined, combiner_of, looker_of, mapper_of, side_of, state_in, state_nbytes
 from bigdl_lite.errors import PeerLost, revive
 from bigdl_lite.wire import frame as wire
-from bigdl_lite.wire.codec import Codec, group_of
+from bigdl_lite.wire.codec import Codec, decoded, group_of
 
 _REFILLS = 20
 SMALL = 1 << 20  # bytes of a vector for which a second stage costs more than it saves
@@ -200,7 +200,7 @@ class _Driver:
                 state.destroy(blocking=False)
             self.sides = _sides(frames)
             for start, stop, payload in _combined(frames, order):
-                total[start:stop] = ask.server(start).decode(bytearray(payload), stop - start)
+                total[start:stop] = decoded(ask.server(start), payload, stop - start)
             self.bytes_sent += len(order.senders) * ask.nbytes()
         self._answers.append(to_bytes(total))
         return total

@@ -34,7 +34,7 @@ from bigdl_lite.engine.worker import local_dir, require_versions, settle
 from bigdl_lite.errors import DataError, report, revive
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.wire import frame as wire
-from bigdl_lite.wire.codec import Codec, Raw, on_bytes
+from bigdl_lite.wire.codec import Codec, Raw, decoded, encoded, on_bytes
 
 # ---- what can be rebuilt ----------------------------------------------------------------------------------------------
 
@@ -286,7 +286,7 @@ def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Orde
         assert vector is not None
         for i, (owner, (start, stop)) in enumerate(now.pieces):
             codec: Codec = Raw(found.dtype) if now.ask is None else now.ask.sender(rank, start)
-            payload = codec.encode(vector[start:stop])
+            payload = encoded(codec, vector[start:stop])
             tag = getattr(codec, "tag", 255)
             yield owner, wire.Frame(wire.PIECE, rank, i, now.round, update.weight, stop - start, payload, tag).dumps()
 
@@ -335,10 +335,9 @@ def combined(owner: int, pieces: Iterable[bytes], recipe: Recipe, now: Order) ->
             for part in frames[1:]:
                 now.ask.add(total, _decoded(now.ask.sender(part.rank, at), part))
             codec = now.ask.server(at)
-        payload = codec.encode(total)
+        payload = encoded(codec, total)
         yield wire.Frame(wire.COMBINED, owner, frame.slice, now.round, 0.0, len(total), payload).dumps()
 
 
 def _decoded(codec: Codec, frame: wire.Frame) -> Tensor:
-    """In memory of its own: the first vector is summed into, and bytes must not be written to."""
-    return codec.decode(bytearray(frame.payload), frame.values)
+    return decoded(codec, frame.payload, frame.values)

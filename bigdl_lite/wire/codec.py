@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from bigdl_lite.errors import WireError
+from bigdl_lite.errors import RecipeError, WireError
 
 
 class Codec(Protocol):
@@ -24,6 +24,7 @@ class Codec(Protocol):
     at     the codec for one vector: seed is that of the step, the same on all ranks; rank that of the sender (-1: of a sum);
            first the place of x[0] in the flat vector. Only codecs with random numbers need it: made_for() asks
 
+    encode and decode are given at least one value; decode returns memory of its own (Raw alone may return a view).
     A class without tag, group or at has 255, 0 and itself. `contracts` (True where it is not there) says whether what is lost of a
     vector is shorter than the vector, which error feedback needs.
     """
@@ -45,6 +46,35 @@ def made_for(codec: Codec, seed: int, rank: int, first: int) -> Codec:
     """The codec with the random numbers of this step, sender and place, where it uses any."""
     make = getattr(codec, "at", None)
     return make(seed, rank, first) if make else codec
+
+
+def length(codec: Codec, n: int) -> int:
+    """Bytes of n values; a codec is never asked for none."""
+    return codec.nbytes(n) if n else 0
+
+
+def encoded(codec: Codec, x: Tensor) -> bytes | memoryview:
+    """x [n] in the bytes that were promised. Raises RecipeError where the codec makes another number of them."""
+    if not len(x):
+        return b""
+    data = codec.encode(x)
+    if len(data) != codec.nbytes(len(x)):
+        raise RecipeError(
+            f"{codec!r} promises {codec.nbytes(len(x))} bytes for {len(x)} values (nbytes) and makes {len(data)} of them (encode)"
+        )
+    return data
+
+
+def decoded(codec: Codec, data: bytes | memoryview, n: int) -> Tensor:
+    """[n] in memory of its own. Raises RecipeError where the codec makes something else of them."""
+    if not n:
+        return torch.empty(0, dtype=getattr(codec, "dtype", torch.float32))
+    x = codec.decode(data, n)
+    if isinstance(codec, Raw):
+        return x.clone()
+    if x.shape != (n,) or x.dtype != torch.float32:
+        raise RecipeError(f"{codec!r} decodes {list(x.shape)} of {x.dtype}, must be [{n}] of torch.float32")
+    return x
 
 
 def on_bytes(data: bytes | memoryview, dtype: torch.dtype, count: int = -1, offset: int = 0) -> Tensor:
@@ -74,7 +104,7 @@ class Raw:
 
     def decode(self, data: bytes | memoryview, n: int) -> Tensor:
         _check(self, data, n)
-        return torch.frombuffer(data, dtype=self.dtype, count=n) if n else torch.empty(0, dtype=self.dtype)
+        return on_bytes(data, self.dtype, n)
 
     def nbytes(self, n: int) -> int:
         return n * self.dtype.itemsize
