@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms.algorithm import State
@@ -70,6 +71,11 @@ class Exchange(Protocol):
 
 
 NOTHING = State({}, {})
+
+
+def is_finite(x: Tensor) -> bool:
+    """Without the copies that torch.isfinite makes."""
+    return not x.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
 
 
 class Stateless:

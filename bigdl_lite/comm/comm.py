@@ -148,7 +148,7 @@ class Collectives(ABC):
         parts = self.all_to_all(out)
         total = _decoded(made_for(codec, seed, 0, first + a), parts[0], k)
         for r, part in enumerate(parts[1:], 1):
-            total.add_(_decoded(made_for(codec, seed, r, first + a), part, k))
+            total.add_(_decoded(made_for(codec, seed, r, first + a), part, k, own=False))
         if residual is not None:
             total.add_(residual.owned)
         sums = [made_for(codec, seed, SERVER, first + a) for a, _ in cuts]
@@ -157,7 +157,7 @@ class Collectives(ABC):
             torch.sub(total, _decoded(sums[self.rank], mine, k), out=residual.owned)
         told = [torch.empty(length(q, k), dtype=torch.uint8) for q, k in zip(sums, lengths, strict=True)]
         self.all_gather(mine, told)
-        return torch.cat([_decoded(q, data, k) for q, data, k in zip(sums, told, lengths, strict=True)])
+        return torch.cat([_decoded(q, data, k, own=False) for q, data, k in zip(sums, told, lengths, strict=True)])
 
     def _gathered(self, x: Tensor, codec: Codec, seed: int, residual: Residual | None, first: int) -> Tensor:
         if residual is not None:
@@ -170,7 +170,7 @@ class Collectives(ABC):
         self.all_gather(mine, told)
         total = _decoded(senders[0], told[0], len(x))
         for q, data in zip(senders[1:], told[1:], strict=True):
-            total.add_(_decoded(q, data, len(x)))
+            total.add_(_decoded(q, data, len(x), own=False))
         return total
 
 
@@ -190,5 +190,5 @@ def _encoded(codec: Codec, x: Tensor) -> Tensor:
     return on_bytes(encoded(codec, x), torch.uint8)
 
 
-def _decoded(codec: Codec, data: Tensor, n: int) -> Tensor:
-    return decoded(codec, memoryview(data.numpy()), n)
+def _decoded(codec: Codec, data: Tensor, n: int, own: bool = True) -> Tensor:
+    return decoded(codec, memoryview(data.numpy()), n, own)

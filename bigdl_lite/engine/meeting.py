@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms import Combine, Side, Sum, Update
-from bigdl_lite.algorithms.exchange import NOTHING, Exchange, State, Turn, put_back
+from bigdl_lite.algorithms.exchange import NOTHING, Exchange, State, Turn, is_finite, put_back
 from bigdl_lite.comm.block import Block
 from bigdl_lite.comm.comm import Collectives
 from bigdl_lite.comm.room import Room, Table
@@ -70,7 +70,7 @@ class Place:
 
 def _require_finite(x: Tensor, rank: int, step: int) -> None:
     """A codec might make numbers of what is none."""
-    if not torch.isfinite(x).all():
+    if not is_finite(x):
         raise DivergedError(
             f"the update of rank {rank} is not finite in step {step}; lower the learning rate, clip gradients, or look at its rows"
         )

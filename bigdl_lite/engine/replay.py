@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms import Exchange, State, Turn
-from bigdl_lite.algorithms.exchange import NOTHING
+from bigdl_lite.algorithms.exchange import NOTHING, is_finite
 from bigdl_lite.comm.comm import SERVER, Residual
 from bigdl_lite.errors import DivergedError, RecipeError
 from bigdl_lite.model.layout import Blueprint
@@ -111,7 +111,7 @@ def message(
     size: int,
 ) -> Tensor:  # fmt: skip
     """What this rank brings to the sum that is asked for. x [n] may be overwritten."""
-    if not torch.isfinite(x).all():
+    if not is_finite(x):
         raise DivergedError(f"the update of rank {rank} is not finite in step {turn.step}; lower the learning rate")
     comm = _Task(rank, size, answers)
     exchanger = exchange.start(blueprint, comm)

@@ -200,7 +200,7 @@ class _Driver:
                 state.destroy(blocking=False)
             self.sides = _sides(frames)
             for start, stop, payload in _combined(frames, order):
-                total[start:stop] = decoded(ask.server(start), payload, stop - start)
+                total[start:stop] = decoded(ask.server(start), payload, stop - start, own=False)
             self.bytes_sent += len(order.senders) * ask.nbytes()
         self._answers.append(to_bytes(total))
         return total

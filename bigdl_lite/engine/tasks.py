@@ -327,17 +327,18 @@ def combined(owner: int, pieces: Iterable[bytes], recipe: Recipe, now: Order) ->
         del waiting[frame.slice]
         if now.ask is None:
             raw = Raw(recipe.blueprint.layout.dtype)
-            total = recipe.round.combine([Update(_decoded(raw, part), part.weight) for part in frames]).vector
+            # the first vector is summed into
+            total = recipe.round.combine([Update(_decoded(raw, x, own=not i), x.weight) for i, x in enumerate(frames)]).vector
             codec: Codec = raw
         else:
             at = now.pieces[frame.slice][1][0]
             total = _decoded(now.ask.sender(frames[0].rank, at), frames[0])
             for part in frames[1:]:
-                now.ask.add(total, _decoded(now.ask.sender(part.rank, at), part))
+                now.ask.add(total, _decoded(now.ask.sender(part.rank, at), part, own=False))
             codec = now.ask.server(at)
         payload = encoded(codec, total)
         yield wire.Frame(wire.COMBINED, owner, frame.slice, now.round, 0.0, len(total), payload).dumps()
 
 
-def _decoded(codec: Codec, frame: wire.Frame) -> Tensor:
-    return decoded(codec, frame.payload, frame.values)
+def _decoded(codec: Codec, frame: wire.Frame, own: bool = True) -> Tensor:
+    return decoded(codec, frame.payload, frame.values, own)

@@ -19,6 +19,7 @@ from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
 from bigdl_lite.algorithms import Exchange, Round, method, with_exchange
+from bigdl_lite.algorithms.exchange import is_finite
 from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, TorchOptimizer
 from bigdl_lite.data.columns import Column, Decoder
 from bigdl_lite.data.parquet import FILE
@@ -158,7 +159,7 @@ class TorchEstimator(Estimator, HasTraining):
             if keeper:
                 keeper.close()
         outcome = replace(outcome, history=[*before, *outcome.history])
-        if not _finite(outcome.weights):
+        if not is_finite(outcome.weights):
             raise DivergedError("the weights are not finite after the last step; lower the learning rate or clip gradients (clipNorm)")
         trained = Start(outcome.weights, outcome.buffers, start.constants)
         head = _try(
@@ -195,13 +196,8 @@ def _require_values(module: nn.Module) -> None:
             raise RecipeError(f"parameter {name!r} of the module is on the meta device, which holds no values: make it on the CPU")
         if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise RecipeError(f"parameter {name!r} of the module is of {p.dtype}, must be of real floats (module.float())")
-        if not _finite(p.detach()):
+        if not is_finite(p.detach()):
             raise RecipeError(f"parameter {name!r} of the module has NaN or infinity before training")
-
-
-def _finite(x: Tensor) -> bool:
-    """Without the copies that torch.isfinite makes."""
-    return not x.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
 
 
 def _make(maker: Any, seed: int) -> nn.Module:

@@ -65,13 +65,13 @@ def encoded(codec: Codec, x: Tensor) -> bytes | memoryview:
     return data
 
 
-def decoded(codec: Codec, data: bytes | memoryview, n: int) -> Tensor:
-    """[n] in memory of its own. Raises RecipeError where the codec makes something else of them."""
+def decoded(codec: Codec, data: bytes | memoryview, n: int, own: bool = True) -> Tensor:
+    """[n], in memory of its own unless `own` is False. Raises RecipeError where the codec makes something else of them."""
     if not n:
         return torch.empty(0, dtype=getattr(codec, "dtype", torch.float32))
     x = codec.decode(data, n)
     if isinstance(codec, Raw):
-        return x.clone()
+        return x.clone() if own else x
     if x.shape != (n,) or x.dtype != torch.float32:
         raise RecipeError(f"{codec!r} decodes {list(x.shape)} of {x.dtype}, must be [{n}] of torch.float32")
     return x
