@@ -18,13 +18,17 @@ With an exchange (algorithms/exchange.py) nodes are peers, and every node advanc
     first   the exchange: the node's sum -> the sum over nodes             network
     self    advance the own part of the node's weights                     optimizer
     node    wait
+
+The sides of other nodes come beside the exchange, from a thread of the first rank.
 """
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +80,28 @@ def _require_finite(x: Tensor, rank: int, step: int) -> None:
         )
 
 
+class _Beside:
+    """A call in a thread of its own, so that a link with a long delay is waited for once and not twice."""
+
+    def __init__(self, call: Callable[..., list[Tensor]], *given: Any) -> None:
+        self._found: list[Tensor] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(call, *given), name="bigdl_lite-sides", daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[..., list[Tensor]], *given: Any) -> None:
+        try:
+            self._found = call(*given)
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> list[Tensor]:
+        self._thread.join()  # comm has a deadline for everything that it waits for
+        if self._error is not None:
+            raise self._error
+        return self._found
+
+
 class Meeting:
     """One rank's side of every meeting of a fit.
 
@@ -95,6 +121,7 @@ class Meeting:
         self._told = 0  # bytes already accounted for
         self._mark: int | None = None  # those before the buckets of this step
         self._overlap: Overlap | None = None
+        self._gathering: _Beside | None = None
         self._comm = None if exchange is None or place.local else rail or Room(Table(1), 0)
 
     def start(self, blueprint: Blueprint, state: State | None) -> None:
@@ -158,8 +185,14 @@ class Meeting:
 
     def sides(self) -> tuple[list[Side], int]:
         """The sides of all ranks, and the bytes that they sent in the step before. All ranks are here when it returns."""
-        self.block.wait()
-        self._spread(self.block.sides)
+        if self._gathering is None:
+            self.block.wait()
+            self._spread(self.block.sides)
+        else:
+            if self.leaders is not None:
+                self._place(self.block.sides, self._gathering.result())
+            self._gathering = None
+            self.block.wait()
         table = self.block.sides.clone()
         numbers = table[:, :SIDE].tolist()
         self.wished = bool(numbers[0][_WISH])
@@ -190,26 +223,30 @@ class Meeting:
         of_nodes = [sum(weights[r] for r in ranks) for ranks in self.place.nodes]
         return rule([Update(x, w) for x, w in zip(parts, of_nodes, strict=True)])
 
-    def begin(self, replica: Replica, rows: int, step: int, seed: int, share: float) -> None:
-        """Before the local work on `rows` of all ranks: buckets may leave from now on, where the exchange overlaps."""
+    def begin(self, replica: Replica, rows: Sequence[int], step: int, seed: int) -> None:
+        """Before the local work of a step with an exchange, on rows[r] of rank r: buckets may leave from now on, where it overlaps."""
+        self._rows = total = sum(rows) or 1
+        self._turn = Turn(step, seed, sum(rows[r] for r in self.place.nodes[self.place.node]) / total)
         if self._exchanger is None or not getattr(self.exchange, "overlap", False) or isinstance(self._comm, Room):
             return
         if self._overlap is None:
             self._overlap = Overlap(replica, self.exchange.buckets(replica.layout.n))
-        turn, comm, exchanger = Turn(step, seed, share), self._comm, self._exchanger
+        turn, comm, exchanger = self._turn, self._comm, self._exchanger
 
         def send(i: int, x: Tensor) -> Tensor:
-            x.div_(rows or 1)
+            x.div_(total)
             _require_finite(x, self.place.rank, step)
             return exchanger.bucket(i, x.cpu(), comm, turn)
 
         self._mark = self._total()
         self._overlap.begin(send)
 
-    def exchanged(self, sides: Sequence[Side], step: int, seed: int) -> Update:
-        """The mean over rows on this rank's cut, as the exchange gives it."""
-        ranks, grads = self.place.nodes[self.place.node], self.block.grads
-        rows = sum(side.rows for side in sides) or 1
+    def exchanged(self) -> Tensor:
+        """The mean over rows on this rank's cut, as the exchange gives it. Sides travel beside it; they are there after sides()."""
+        grads = self.block.grads
+        self.block.wait()
+        if len(self.place.nodes) > 1 and not isinstance(self.rail, Room):
+            self._gathering = _Beside(self._gathered, self.block.sides)
         if len(grads) > 1:
             Sum()([Update(grad[slice(*self.cut)], 0.0) for grad in grads])
             self.block.wait()
@@ -218,15 +255,13 @@ class Meeting:
             if self._overlap is not None:
                 self._overlap.end()
             else:
-                x = grads[0].div_(rows)
-                _require_finite(x, self.place.rank, step)
-                share = sum(sides[r].rows for r in ranks) / rows
-                y = self._exchanger(x.cpu(), self._comm, Turn(step, seed, share))
+                x = grads[0].div_(self._rows)
+                _require_finite(x, self.place.rank, self._turn.step)
+                y = self._exchanger(x.cpu(), self._comm, self._turn)
                 if y.data_ptr() != x.data_ptr():
                     x.copy_(y)
         self.block.wait()
-        # the loss may weigh rows: its mean is over their weights
-        return Update(grads[0][slice(*self.cut)], sum(side.weight for side in sides) / rows)
+        return grads[0][slice(*self.cut)]
 
     def agree(self, what: str) -> None:
         """Raises DivergedError where nodes that each advance all of the weights no longer have the same bits."""
@@ -286,10 +321,19 @@ class Meeting:
         if len(nodes) == 1:
             return
         if self.leaders is not None:
-            width = table.shape[1]
-            incoming = [torch.empty(len(ranks) * width, dtype=table.dtype) for ranks in nodes]
-            self.leaders.all_gather(table[list(nodes[self.place.node])].reshape(-1), incoming)
-            for ranks, rows in zip(nodes, incoming, strict=True):
-                if ranks != nodes[self.place.node]:
-                    table[list(ranks)] = rows.view(len(ranks), width)
+            self._place(table, self._gathered(table))
         self.block.wait()
+
+    def _gathered(self, table: Tensor) -> list[Tensor]:
+        """The rows that each node holds, on the first rank of a node; elsewhere none."""
+        if self.leaders is None:
+            return []
+        nodes = self.place.nodes
+        incoming = [torch.empty(len(ranks) * table.shape[1], dtype=table.dtype) for ranks in nodes]
+        self.leaders.all_gather(table[list(nodes[self.place.node])].reshape(-1), incoming)
+        return incoming
+
+    def _place(self, table: Tensor, incoming: list[Tensor]) -> None:
+        for node, (ranks, rows) in enumerate(zip(self.place.nodes, incoming, strict=True)):
+            if node != self.place.node:
+                table[list(ranks)] = rows.view(len(ranks), table.shape[1])

@@ -72,17 +72,19 @@ def train(
                 weights.copy_(block.weights)
             ready = time.perf_counter()
             work = Work(mix(recipe.seed, 2, step, rank), epoch, advancer.rates())
-            rows = int(plan[a:b].sum())
-            meeting.begin(replica, rows, step, mix(recipe.seed, 3, step), mine / (rows or 1))
+            if method.exchange is not None:
+                meeting.begin(replica, plan[a:b].sum(0).tolist(), step, mix(recipe.seed, 3, step))
             told, loss = method.local(replica, batches, work)
             done = time.perf_counter()
             meeting.tell(mine, told.weight, loss, done - ready, ready - began, replica.buffers, keep.wish)
+            vector = meeting.exchanged() if method.exchange is not None else None
             sides, sent = meeting.sides()
             history.sent(sent)
             mean = mean_loss(sides, step)
             measured = 0.0
-            if method.exchange is not None:
-                update = meeting.exchanged(sides, step, mix(recipe.seed, 3, step))
+            if vector is not None:  # a mean over rows; the loss may weigh them
+                rows = sum(side.rows for side in sides)
+                update = Update(vector, sum(side.weight for side in sides) / (rows or 1))
             elif meeting.owns:
                 update = meeting.combine(method.combine, [side.weight for side in sides])
             else:  # a slice of no values, whose scheduler goes on like everyone's
