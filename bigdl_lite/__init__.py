@@ -11,28 +11,51 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "BFloat16": "wire.codec",
     "BarrierEngine": "engine.barrier",
+    "Coded": "algorithms.exchange",
+    "Float16": "wire.codec",
+    "GradiVeQ": "algorithms.gradiveq",
+    "MinMax8": "wire.lossy",
+    "PowerSGD": "algorithms.powersgd",
+    "QSGD": "wire.lossy",
+    "RandomK": "wire.sparse",
     "Raw": "data.columns",
+    "S2": "algorithms.rows",
     "ShuffleEngine": "engine.shuffle",
+    "Sign": "wire.lossy",
+    "TopK": "wire.sparse",
     "TorchClassifier": "ml.estimator",
     "TorchEstimator": "ml.estimator",
     "TorchModel": "ml.model",
     "TorchRegressor": "ml.estimator",
+    "UnionRows": "algorithms.rows",
     "local_session": "engine.session",
+    "local_sgd": "algorithms.localsgd",
+    "qadam": "algorithms.qadam",
 }
 
 __all__ = [
-    "BarrierEngine", "Raw", "ShuffleEngine", "TorchClassifier", "TorchEstimator", "TorchModel", "TorchRegressor",
-    "local_session",
+    "QSGD", "S2", "BFloat16", "BarrierEngine", "Coded", "Float16", "GradiVeQ", "MinMax8", "PowerSGD", "RandomK", "Raw", "ShuffleEngine",
+    "Sign", "TopK", "TorchClassifier", "TorchEstimator", "TorchModel", "TorchRegressor", "UnionRows", "local_session", "local_sgd", "qadam",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from bigdl_lite.algorithms.exchange import Coded
+    from bigdl_lite.algorithms.gradiveq import GradiVeQ
+    from bigdl_lite.algorithms.localsgd import local_sgd
+    from bigdl_lite.algorithms.powersgd import PowerSGD
+    from bigdl_lite.algorithms.qadam import qadam
+    from bigdl_lite.algorithms.rows import S2, UnionRows
     from bigdl_lite.data.columns import Raw
     from bigdl_lite.engine.barrier import BarrierEngine
     from bigdl_lite.engine.session import local_session
     from bigdl_lite.engine.shuffle import ShuffleEngine
     from bigdl_lite.ml.estimator import TorchClassifier, TorchEstimator, TorchRegressor
     from bigdl_lite.ml.model import TorchModel
+    from bigdl_lite.wire.codec import BFloat16, Float16
+    from bigdl_lite.wire.lossy import QSGD, MinMax8, Sign
+    from bigdl_lite.wire.sparse import RandomK, TopK
 
 
 def __getattr__(name: str) -> Any:

@@ -178,7 +178,6 @@ def _union(touched: Sequence[np.ndarray], comm: Comm) -> list[Tensor]:
     return [mask.nonzero().view(-1) for mask in found.split(counts)]
 
 
-
 def _tables(blueprint: Blueprint, asked: Sequence[str] | None, who: str) -> list[Span]:
     spans = blueprint.layout.parameters
     fit = [span.name for span in spans if len(span.shape) == 2]

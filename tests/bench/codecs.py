@@ -30,8 +30,8 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
     for _ in range(context.repeat):
         for name, more in WAYS.items():
             model = TorchEstimator(
-                module=work.make, loss=nn.MSELoss(), optimizer=work.optimizer, inputCols=work.inputs, labelCol=work.label, batchSize=work.batch,
-                numWorkers=2, engine=ShuffleEngine(share_memory=False), progress="none", **more,
+                module=work.make, loss=nn.MSELoss(), optimizer=work.optimizer, inputCols=work.inputs, labelCol=work.label,
+                batchSize=work.batch, numWorkers=2, engine=ShuffleEngine(share_memory=False), progress="none", **more,
             ).fit(frame)  # fmt: skip
             steps[name] += [line for line in model.history if "step" in line][WARM:]
     rows = []
@@ -44,6 +44,7 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
         )  # fmt: skip
     middles = {name: statistics.median(x["sync_s"] for x in found) for name, found in steps.items()}
     claims = [
-        Claim("codecs", f"sync of a round, {name} against fp32", middles[name] / middles["fp32"], 1.0, "<=") for name in ("bf16", "minmax8")
+        Claim("codecs", f"sync of a round, {name} against fp32", middles[name] / middles["fp32"], 1.0, "<=")
+        for name in ("bf16", "minmax8")
     ]
     return rows, claims

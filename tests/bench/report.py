@@ -2,12 +2,14 @@
 
     Row      one system on one workload: a value for each repetition
     Claim    a ratio of two rows' medians, and the bound that it is to keep
-    write    bench.json, bench.md, phases.png (where the time of a round goes), growth.png (time of a round against size)
+    write    bench.json, bench.md, phases.png (where the time of a round goes), growth.png (time of a round against size),
+             network.png (methods against networks)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -42,7 +44,7 @@ class Row:
 
     @property
     def worst(self) -> float:
-        return min(self.values) if self.unit.endswith("/s") else max(self.values)
+        return min(self.values) if self.unit.endswith(("/s", "@10", "% right")) else max(self.values)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,9 @@ def write(folder: Path, rows: Sequence[Row], claims: Sequence[Claim]) -> None:
     grown = [row for row in rows if row.benchmark == "growth"]
     if grown:
         _draw_growth(folder / "growth.png", grown)
+    linked = [row for row in rows if row.benchmark == "network"]
+    if linked:
+        _draw_networks(folder / "network.png", linked)
 
 
 def encode(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
@@ -243,5 +248,37 @@ def _draw_growth(path: Path, rows: Sequence[Row]) -> None:
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("seconds a round")
     axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_networks(path: Path, rows: Sequence[Row]) -> None:
+    """Methods against networks: how many times sooner than DDP on the same network the loss is reached; above, DDP's own seconds."""
+    plt = _plot()
+    seconds = {(row.system, row.workload): row.median for row in rows}
+    networks = list(dict.fromkeys(row.workload for row in rows))
+    systems = [name for name in dict.fromkeys(row.system for row in rows) if name != "DDP"]
+    never = float("nan")
+    ratios = [[seconds.get(("DDP", net), never) / seconds.get((name, net), never) for net in networks] for name in systems]
+    figure, ax = plt.subplots(figsize=(2.6 + 1.35 * len(networks), 1.6 + 0.5 * len(systems)), layout="constrained")
+    shades = [[math.log2(x) if 0 < x < math.inf else 0.0 for x in line] for line in ratios]
+    most = max(1.0, *(abs(x) for line in shades for x in line))
+    ax.imshow(shades, cmap="RdBu", vmin=-1.3 * most, vmax=1.3 * most, aspect="auto")
+    for at in range(len(networks)):
+        known = [line[at] for line in ratios if math.isfinite(line[at])]
+        for i, line in enumerate(ratios):
+            x = line[at]
+            text = "-" if math.isnan(x) else "not reached" if x == 0 else f"{x:.2g}x"
+            best = bool(known) and x == max(known)
+            dark = abs(shades[i][at]) > 0.9 * most
+            ax.text(at, i, text, ha="center", va="center", fontsize=10, weight="bold" if best else "normal",
+                    color="white" if dark else "black")  # fmt: skip
+    tops = [f"{net.replace(', ', chr(10))}\nDDP {number(seconds.get(('DDP', net), never))} s" for net in networks]
+    ax.set_xticks(range(len(networks)), tops, fontsize=9)
+    ax.xaxis.tick_top()
+    ax.set_yticks(range(len(systems)), systems, fontsize=9)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("seconds to the loss, DDP's divided by the method's (bold: the best on this network)", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
