@@ -37,7 +37,8 @@ _WHERE = {
 
 __all__ = [
     "QSGD", "S2", "BFloat16", "BarrierEngine", "Coded", "Float16", "GradiVeQ", "MinMax8", "PowerSGD", "RandomK", "Raw", "ShuffleEngine",
-    "Sign", "TopK", "TorchClassifier", "TorchEstimator", "TorchModel", "TorchRegressor", "UnionRows", "local_session", "local_sgd", "qadam",
+    "Sign", "TopK", "TorchClassifier", "TorchEstimator", "TorchModel", "TorchRegressor", "UnionRows", "local_session", "local_sgd",
+    "qadam",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
