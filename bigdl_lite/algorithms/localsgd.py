@@ -56,11 +56,10 @@ class LocalSteps:
             group["lr"] = rate
         weight, total = 0.0, 0.0
         for i, batch in enumerate(batches):
-            if not batch.rows:
-                continue
-            total += replica.backward(batch, mix(work.seed, i))
+            total += replica.backward(batch, mix(work.seed, i))  # also without rows: a module may meet the other ranks in forward
             update = Update(replica.gradient, replica.weight(batch))
-            advancer.step(update, advancer.measure(update))
+            if update.weight:
+                advancer.step(update, advancer.measure(update))
             weight += update.weight
         torch.sub(before, replica.weights, out=replica.gradient)
         return Update(replica.gradient.mul_(weight), weight), total

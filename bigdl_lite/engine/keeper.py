@@ -190,7 +190,7 @@ def joined(parts: Sequence[Part], recipe: Recipe, before: Sequence[dict[str, Any
         copied = [State({name: x.clone() for name, x in s.tensors.items()}, s.facts) for s in (first.shared, *(p.own for p in peers))]
         state = merged(state, copied[0], copied[1:])
     sums = {key: value for key, value in first.sums.items() if key != "loss"}
-    resume = Resume(first.now, state, sums, dealt(recipe, first.counts))
+    resume = Resume(first.now, state, sums, dealt(recipe, first.counts, first.now))
     return Start(weights, first.buffers.clone(), {}, resume), [*before, *first.lines]
 
 

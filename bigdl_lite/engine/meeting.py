@@ -311,6 +311,8 @@ class Meeting:
         self.close()
 
     def close(self) -> None:
+        if self._overlap is not None:
+            self._overlap.close()
         for group in (self.rail, self.leaders):
             if group is not None:
                 group.close()

@@ -59,6 +59,10 @@ class Overlap:
         if self._error is not None:
             raise self._error
 
+    def close(self) -> None:
+        """Lets the thread of a backward that was broken off end."""
+        self._queue.put(None)
+
     def _complete(self, p: nn.Parameter) -> None:
         if self._thread is None:
             return

@@ -54,7 +54,7 @@ def train(
     history = History(recipe.log_interval, observer if rank == 0 else lambda event: None)
     history.start(recipe.steps(len(plan)), recipe.epochs, int(plan.sum()), start.resume.sums if start.resume else None)
     if start.resume:
-        start.resume.check(dealt(recipe, counts))
+        start.resume.check(dealt(recipe, counts, start.now))
         advancer.restore(start.resume.state)
     step, first, begun = start.now
     for epoch in range(first, recipe.epochs):

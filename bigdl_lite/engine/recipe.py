@@ -91,6 +91,11 @@ class Recipe:
                 raise RecipeError(f"{name} is {value}, must be at least 1")
         if not self.deadline > 0:
             raise RecipeError(f"deadline is {self.deadline} s, must be above 0")
+        if self.hierarchical and getattr(self.round.exchange, "overlap", False):
+            raise RecipeError(
+                "overlap=True sends each rank's gradient while backward computes it, and hierarchical=True sums those of a node first: "
+                "leave out one of them"
+            )
         if not self.recovery >= 0:
             raise RecipeError(f"recoveryInterval is {self.recovery} s, must be at least 0")
 
@@ -112,7 +117,7 @@ class Recipe:
 class Resume:
     """What a fit goes on from, beside the weights: where it stood, the server side, and the running sums of its history.
 
-    dealt  what decides which rows a step takes: rows of each share, batch size, seed
+    dealt  what decides which rows a step takes: rows of each share, batch size, seed, batches of a round where not 1
     """
 
     now: Position
@@ -122,12 +127,13 @@ class Resume:
 
     def check(self, dealt: dict[str, Any]) -> None:
         """Raises CheckpointError where an epoch that had begun would be dealt in another way."""
-        other = [key for key, value in dealt.items() if self.now.at and self.dealt.get(key) != value]
+        keys = [*dealt, *(key for key in self.dealt if key not in dealt)]
+        other = [key for key in keys if self.now.at and self.dealt.get(key) != dealt.get(key)]
         if other:
             key = other[0]
             raise CheckpointError(
                 f"the checkpoint of step {self.now.step} lies inside epoch {self.now.epoch}, which was dealt with {key} "
-                f"{self.dealt.get(key)}; this fit has {dealt[key]}, so that some rows would come twice: give what it had, or go on "
+                f"{self.dealt.get(key)}; this fit has {dealt.get(key)}, so that some rows would come twice: give what it had, or go on "
                 "from the end of an epoch (checkpointUnit='epoch')"
             )
 
@@ -164,9 +170,11 @@ class Outcome:
     shapes: list[list[int]] = field(default_factory=list)
 
 
-def dealt(recipe: Recipe, counts: Any) -> dict[str, Any]:
-    """What decides which rows a step takes: see Resume."""
-    return {"rows of shares": list(counts), "batchSize": recipe.batch_size, "seed": recipe.seed}
+def dealt(recipe: Recipe, counts: Any, now: Position) -> dict[str, Any]:
+    """What decides which rows a step of the epoch now takes: see Resume."""
+    batches = recipe.round.local.batches(now.epoch)
+    rounds = {"batches of a round": batches} if batches != 1 else {}
+    return {"rows of shares": list(counts), "batchSize": recipe.batch_size, "seed": recipe.seed, **rounds}
 
 
 class Engine(Protocol):

@@ -159,7 +159,7 @@ class _Rounds:
             resume = self.start.resume
             self.history.start(self.recipe.steps(len(plan)), self.recipe.epochs, int(plan.sum()), resume.sums if resume else None)
             if resume:
-                resume.check(dealt(self.recipe, counts))
+                resume.check(dealt(self.recipe, counts, resume.now))
             begins = np.cumsum(plan, axis=0) - plan
             base = Order(self.recipe.run, counts, tuple(self.cuts))
             ground = Ground(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ from bigdl_lite.comm.group import Group, Store
 from bigdl_lite.engine.meeting import SIDE, Meeting, Place
 from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Outcome, Recipe, Start, silent
-from bigdl_lite.errors import BigDLError, CheckpointError, DivergedError, RecipeError
+from bigdl_lite.errors import BigDLError, CheckpointError, DivergedError, RecipeError, UserError
 from bigdl_lite.model.layout import Blueprint
 from bigdl_lite.wire.codec import BFloat16, Float16, Raw
 from bigdl_lite.wire.lossy import QSGD, MinMax8, Sign
@@ -92,10 +93,17 @@ def weights(*args: Any, **more: Any) -> Tensor:
 # ---- one result ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["barrier", "shuffle"])
-@pytest.mark.parametrize("exchange", STATELESS.values(), ids=STATELESS)
-def test_both_spark_engines_give_the_bits_of_the_local_one(data: Any, exchange: Any, engine: str) -> None:
-    assert torch.equal(weights(data, engine, exchange), weights(data, "local", exchange))
+QUICK = ("min-max", "powersgd", "gradiveq")  # one that is cut, one of two sums, one with a broadcast: the others are slow
+KINDS = [
+    pytest.param(name, engine, marks=[] if name in QUICK else pytest.mark.slow, id=f"{name}-{engine}")
+    for name in STATELESS for engine in ("barrier", "shuffle")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "engine"), KINDS)
+def test_both_spark_engines_give_the_bits_of_the_local_one(data: Any, name: str, engine: str) -> None:
+    ours, local = (weights(data, where, STATELESS[name], epochs=2) for where in (engine, "local"))
+    assert torch.equal(ours, local)
 
 
 @pytest.mark.parametrize("exchange", REMEMBERING.values(), ids=REMEMBERING)
@@ -103,12 +111,12 @@ def test_what_ranks_remember_is_the_same_in_barrier_and_local(data: Any, exchang
     assert torch.equal(weights(data, "barrier", exchange), weights(data, "local", exchange))
 
 
-@pytest.mark.parametrize("engine", ["barrier", "shuffle"])
+@pytest.mark.parametrize("engine", [pytest.param("barrier", marks=pytest.mark.slow), "shuffle"])
 @pytest.mark.parametrize("exchange", SPARSE.values(), ids=SPARSE)
 def test_rows_of_tables_travel_alike_in_all_engines(tags: Any, exchange: Any, engine: str) -> None:
-    made = [weights(tags, name, exchange, Tagged) for name in (engine, "local")]
+    made = [weights(tags, name, exchange, Tagged, epochs=2) for name in (engine, "local")]
     assert torch.equal(*made)
-    exact = weights(tags, "local", None, Tagged)
+    exact = weights(tags, "local", None, Tagged, epochs=2)
     assert torch.allclose(made[0], exact, atol=1e-6) == isinstance(exchange, UnionRows)  # the sketch is not exact
 
 
@@ -201,7 +209,7 @@ class Shared(nn.Module):
         return self.last(torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x)))))))
 
 
-@pytest.mark.parametrize("bucket", [64, 1000, 1 << 21])
+@pytest.mark.parametrize("bucket", [200, 1 << 21])
 @pytest.mark.parametrize("module", [nodes.net, Shared], ids=["net", "shared and idle weights"])
 def test_overlap_changes_no_bit(bucket: int, module: Any) -> None:
     for way in (Coded(Raw()), Coded(MinMax8(64), residual=True), Coded(QSGD(15, group=64), gather=True)):
@@ -289,6 +297,33 @@ def test_a_residual_is_needed_to_go_on(data: Any, tmp_path: Any) -> None:
         fit(data, "local", REMEMBERING["top-k"], epochs=2, **saving)
 
 
+def test_inside_an_epoch_the_rounds_must_be_as_long_as_before(data: Any, tmp_path: Any) -> None:
+    """Else rows would come twice, or never."""
+    saving = {"checkpointDir": str(tmp_path), "checkpointUnit": "step"}
+    broken = {"loss": Breaking(str(tmp_path / "flag")), "epochs": 2, **saving}
+    with pytest.raises(UserError, match="broken off"):
+        fit(data, "local", algorithm=local_sgd(2), **broken)
+    with pytest.raises(CheckpointError, match="dealt with batches of a round 2; this fit has 1"):
+        fit(data, "local", algorithm=local_sgd(1), **broken, resume=True)
+    whole = weights(data, "local", algorithm=local_sgd(2), epochs=2)
+    assert torch.equal(weights(data, "local", algorithm=local_sgd(2), **broken, resume=True), whole)
+
+
+class Breaking(nn.CrossEntropyLoss):
+    """Raises in the second round of the first fit: after two batches of each of three workers."""
+
+    def __init__(self, flag: str) -> None:
+        super().__init__()
+        self.flag, self.calls = flag, 0
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 6 and not os.path.exists(self.flag):
+            open(self.flag, "w").close()
+            raise RuntimeError("broken off")
+        return super().forward(output, target)
+
+
 # ---- refused by name ----------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +346,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "residual in shuffle": ({"exchange": "topk", "engine": "shuffle"}, "take engine='barrier' or 'local', or the same exchange with"),
     "overlap in shuffle": ({"exchange": Coded(Raw(), overlap=True), "engine": "shuffle"}, "take engine='barrier', or overlap=False"),
     "hierarchical in shuffle": ({"exchange": "bf16", "engine": "shuffle", "hierarchical": True}, "or hierarchical=False"),
+    "overlap of a node": ({"exchange": Coded(Raw(), overlap=True), "hierarchical": True}, "leave out one of them"),
     "overlap of a whole vector": ({"exchange": Coded(TopK(0.1), overlap=True)}, "encodes the whole vector at once"),
     "overlap of local SGD": ({"exchange": Coded(Raw(), overlap=True), "algorithm": "local-sgd"}, "leave out overlap"),
     "residual that grows": ({"exchange": Coded(RandomK(0.1, scaled=True), residual=True)}, "would grow for ever"),
