@@ -117,7 +117,7 @@ class Recipe:
 class Resume:
     """What a fit goes on from, beside the weights: where it stood, the server side, and the running sums of its history.
 
-    dealt  what decides which rows a step takes: rows of each share, batch size, seed, batches of a round where not 1
+    dealt  what decides which rows a step takes: rows of each share, batch size, seed, batches of a round
     """
 
     now: Position
@@ -127,13 +127,13 @@ class Resume:
 
     def check(self, dealt: dict[str, Any]) -> None:
         """Raises CheckpointError where an epoch that had begun would be dealt in another way."""
-        keys = [*dealt, *(key for key in self.dealt if key not in dealt)]
-        other = [key for key in keys if self.now.at and self.dealt.get(key) != dealt.get(key)]
+        # what an older checkpoint does not tell was of one kind when it was written
+        other = [key for key, value in dealt.items() if self.now.at and self.dealt.get(key, value) != value]
         if other:
             key = other[0]
             raise CheckpointError(
                 f"the checkpoint of step {self.now.step} lies inside epoch {self.now.epoch}, which was dealt with {key} "
-                f"{self.dealt.get(key)}; this fit has {dealt.get(key)}, so that some rows would come twice: give what it had, or go on "
+                f"{self.dealt.get(key)}; this fit has {dealt[key]}, so that some rows would come twice: give what it had, or go on "
                 "from the end of an epoch (checkpointUnit='epoch')"
             )
 
@@ -173,8 +173,7 @@ class Outcome:
 def dealt(recipe: Recipe, counts: Any, now: Position) -> dict[str, Any]:
     """What decides which rows a step of the epoch now takes: see Resume."""
     batches = recipe.round.local.batches(now.epoch)
-    rounds = {"batches of a round": batches} if batches != 1 else {}
-    return {"rows of shares": list(counts), "batchSize": recipe.batch_size, "seed": recipe.seed, **rounds}
+    return {"rows of shares": list(counts), "batchSize": recipe.batch_size, "seed": recipe.seed, "batches of a round": batches}
 
 
 class Engine(Protocol):

@@ -268,7 +268,7 @@ def _draw_networks(path: Path, rows: Sequence[Row]) -> None:
         known = [line[at] for line in ratios if math.isfinite(line[at])]
         for i, line in enumerate(ratios):
             x = line[at]
-            text = "-" if math.isnan(x) else "not reached" if x == 0 else f"{x:.2g}x"
+            text = "-" if math.isnan(x) else "not reached" if x == 0 else f"{number(x)}x"
             best = bool(known) and x == max(known)
             dark = abs(shades[i][at]) > 0.9 * most
             ax.text(at, i, text, ha="center", va="center", fontsize=10, weight="bold" if best else "normal",
