@@ -266,5 +266,6 @@ def test_a_checkpoint_is_plain_data(data, tmp_path) -> None:
     manifests = [name for name in names if name.endswith(".json")]
     assert len(names) == 2 * len(manifests) == 4
     told = json.loads((tmp_path / "saved" / "fit" / manifests[-1]).read_text())
-    assert told["step"] == STEPS and told["facts"]["dealt"] == {"rows of shares": [25, 35], "batchSize": 16, "seed": 0}
+    dealt = {"rows of shares": [25, 35], "batchSize": 16, "seed": 0, "batches of a round": 1}
+    assert told["step"] == STEPS and told["facts"]["dealt"] == dealt
     assert np.isfinite(told["loss"])
