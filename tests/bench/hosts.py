@@ -79,6 +79,8 @@ class Hosts:
         try:
             told = self._call("up", "--workers", count, "--cores", "1", "--python", sys.executable, "--keep-pythonpath")
         except BaseException:
+            with contextlib.suppress(RuntimeError):
+                self._call("down")  # what is there of it
             signal.signal(signal.SIGTERM, self._before)
             raise
         self.url = told.split()[-1]
@@ -254,9 +256,10 @@ def _fit(module: Any, master: str) -> None:
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     until = time.monotonic() + 90
-    while slots(spark) < WORKERS:
+    workers = getattr(module, "WORKERS", WORKERS)
+    while slots(spark) < workers:
         if time.monotonic() > until:
-            raise RuntimeError(f"{slots(spark)} of {WORKERS} slots after 90 s")
+            raise RuntimeError(f"{slots(spark)} of {workers} slots after 90 s")
         time.sleep(0.5)
     _answer(lambda told: module.fit(spark, told))
     spark.stop()
