@@ -84,12 +84,6 @@ def look(address: str) -> Look | None:
             return None
 
 
-def is_open(address: str) -> bool:
-    """Whether the memory behind an address can be seen now."""
-    with _opened(address) as file:
-        return file is not None
-
-
 def pour(address: str, x: Tensor) -> bool:
     """Writes x [n], on any device, into the memory behind an address, without mapping it; False where it cannot be seen."""
     with _opened(address) as file:

@@ -22,7 +22,6 @@ class Order:
     batches: tuple[tuple[int, ...], ...] = ()  # rows that each share gives to each batch of the round
     rates: tuple[float, ...] = ()  # of the parameter groups
     ask: Ask | None = None  # with an exchange: what is to be summed
-    post: bool = False  # whether tasks leave what they have to say in their memory, where the driver finds it, and yield nothing
 
     @property
     def quota(self) -> list[int]:
@@ -40,9 +39,10 @@ class Order:
 
     def dumps(self) -> str:
         """The part that changes from round to round."""
-        return json.dumps([self.round, self.epoch, self.first, self.batches, self.rates, self.post])
+        return json.dumps([self.round, self.epoch, self.first, self.batches, self.rates])
 
     def loads(self, text: str) -> Order:
-        round_, epoch, first, batches, rates, post = json.loads(text)
-        given = {"first": tuple(first), "batches": tuple(map(tuple, batches)), "rates": tuple(rates), "post": post}
-        return replace(self, round=round_, epoch=epoch, **given)
+        round_, epoch, first, batches, rates = json.loads(text)
+        return replace(
+            self, round=round_, epoch=epoch, first=tuple(first), batches=tuple(map(tuple, batches)), rates=tuple(rates)
+        )

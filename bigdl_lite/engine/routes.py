@@ -22,14 +22,13 @@ from torch import Tensor
 from bigdl_lite.algorithms import Exchanger, Side, Turn, Update
 from bigdl_lite.batch import mix
 from bigdl_lite.comm.comm import Residual, divided
-from bigdl_lite.comm.window import Look, Window, available, is_open, look
-from bigdl_lite.engine.looks import letter_in, looker_of, state_in, state_nbytes
+from bigdl_lite.comm.window import Look, Window, available, look
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import Ask, Packed, packed, to_bytes
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import counted, encrypts, exchange, repeated
-from bigdl_lite.engine.tasks import combined, combiner_of, mapper_of, side_of
+from bigdl_lite.engine.spark import encrypts, exchange, repeated
+from bigdl_lite.engine.tasks import combined, combiner_of, looker_of, mapper_of, side_of, state_in, state_nbytes
 from bigdl_lite.errors import PeerLost, revive
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, decoded, group_of
@@ -220,23 +219,18 @@ class MemoryRoute:
         self.ground, self.window = ground, window
         found = ground.recipe.blueprint.layout
         self.weights, self.buffers = state_in(window, found.n, found.m, found.dtype)
-        task = looker_of(ground.static, ground.shipped, window.address, ground.order, found.dtype)
-        self._job, self._count = repeated(ground.tokens, task), counted(ground.tokens, task)
-        self._seen: dict[int, dict[str, Look]] = {}  # by rank, and by address: any worker process may run any rank
+        self._job = repeated(ground.tokens, looker_of(ground.static, ground.shipped, window.address, ground.order))
+        self._seen: dict[str, Look] = {}
 
     def round(self, order: Order, weights: Tensor, buffers: Tensor) -> tuple[list[Side], list[Update], int]:
         assert weights.data_ptr() == self.weights.data_ptr()
         self.buffers.copy_(buffers)
-        frames, found = self._posted(order), None
-        if frames is not None:
-            found = self._updates(frames, order.round)
         for _ in range(_REFILLS):
+            frames = _settled(lambda: [wire.loads(x) for x in self._job(order.dumps())], self.ground, order.round)
+            found = self._updates(frames, order.round)
             if found is not None:
                 break
-            frames = _settled(lambda: [wire.loads(x) for x in self._job(order.dumps())], self.ground, order.round)
-            self._learn(frames)
-            found = self._updates(frames, order.round)
-        if frames is None or found is None:
+        else:
             raise Blind("workers' memory was gone before it could be read")
         combine = self.ground.recipe.round.combine
         updates = [
@@ -244,44 +238,18 @@ class MemoryRoute:
         ]
         return _sides(frames), updates, 0
 
-    def _posted(self, order: Order) -> list[wire.Frame] | None:
-        """The sides of a round in which tasks yield nothing, so that Spark has nothing to bring; None where some are missing.
-
-        Then it is run again in the other way, which gives the same: a worker has a new memory, lacks its share, or has more
-        to say than there is room for.
-        """
-        layout = self.ground.recipe.blueprint.layout
-        if len(self._seen) < len(order.batches) or self._count(replace(order, post=True).dumps()):
-            return None
-        frames = []
-        for looks in self._seen.values():
-            look = next((look for look in looks.values() if look.stamp == order.round), None)
-            if look is None:
-                return None
-            frames.append(wire.loads(letter_in(look, layout.n, layout.dtype)))
-        if any(f.kind == wire.ERROR for f in frames):
-            _settled(lambda: frames, self.ground, order.round)
-        return frames if all(f.kind == wire.SIDE for f in frames) else None
-
-    def _learn(self, frames: list[wire.Frame]) -> None:
-        """Where each rank's updates can be seen, of processes that live."""
-        for f in frames:
-            if f.kind == wire.PLACED:
-                address, known = f.json()["address"], self._seen.setdefault(f.rank, {})
-                for gone in [x for x in known if not is_open(x)]:
-                    del known[gone]
-                if address not in known and (found := look(address)):
-                    known[address] = found
-
     def _updates(self, frames: list[wire.Frame], round: int) -> list[Update] | None:
         """The workers' updates in rank order; None where the memory of one is gone."""
-        layout, made = self.ground.recipe.blueprint.layout, []
-        for side in _sides(frames):
-            if side.rows:
-                seen = next((x for x in self._seen.get(side.rank, {}).values() if x.stamp == round), None)
-                if seen is None:
-                    return None
-                made.append(Update(seen.values(layout.dtype, layout.n), side.weight))
+        layout, now, made = self.ground.recipe.blueprint.layout, {}, []
+        for f in sorted((f for f in frames if f.kind == wire.PLACED), key=lambda f: f.rank):
+            placed = f.json()
+            address = placed["address"]
+            seen = self._seen.get(address) or look(address)
+            if seen is None or seen.stamp != round:
+                return None
+            now[address] = seen
+            made.append(Update(seen.values(layout.dtype, layout.n), placed["weight"]))
+        self._seen = now
         return made
 
     def close(self) -> None:

@@ -45,14 +45,13 @@ from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
-from bigdl_lite.engine.looks import state_in
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
 from bigdl_lite.engine.routes import SMALL, Blind, ExchangeRoute, Ground, MemoryRoute, Route, ShuffleRoute, window_for
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import is_classic, jobs, on_this_machine, slots
-from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of
+from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
 from bigdl_lite.engine.worker import versions
 from bigdl_lite.errors import RecipeError, blamed, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm

@@ -228,23 +228,6 @@ def repeated(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]
     return run
 
 
-def counted(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]]) -> Callable[[str], int]:
-    """As repeated(), but run(note) only says how many items there were: Spark opens no socket to bring them."""
-    sc = rdd.context
-    made = rdd.mapPartitionsWithIndex(task, preservesPartitioning=True)
-    made._bypass_serializer = True
-    rows = made._jrdd.rdd()
-
-    def run(note: str) -> int:
-        sc.setLocalProperty(_NOTE, note)
-        try:
-            return int(rows.count())
-        finally:
-            sc.setLocalProperty(_NOTE, None)
-
-    return run
-
-
 def note_of_job() -> str:
     """Inside a task: the note of its job."""
     context = TaskContext.get()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bigdl_lite.algorithms import Side, Turn, Update, Work
 from bigdl_lite.batch import Batch, mix, order
-from bigdl_lite.comm.window import look
+from bigdl_lite.comm.window import Look, Window, look
 from bigdl_lite.data.arrow import shapes, share
 from bigdl_lite.data.store import load, save
 from bigdl_lite.engine.order import Order
@@ -29,7 +29,7 @@ from bigdl_lite.engine.pack import foreign, unpack
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import from_bytes, message, unpacked
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import Keyed, partition_id
+from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
 from bigdl_lite.engine.worker import local_dir, require_versions, settle
 from bigdl_lite.errors import DataError, report, revive
 from bigdl_lite.model.replica import Replica
@@ -47,15 +47,15 @@ class _Kept:
     values: dict[object, Any] = field(default_factory=dict)
 
 
-CACHE: dict[str, _Kept] = {}
+_CACHE: dict[str, _Kept] = {}
 _IDLE = 60.0  # seconds after which a run that this process has not served is forgotten
 
 
-def cached(run: str, key: object, make: Callable[[], Any]) -> Any:
+def _cached(run: str, key: object, make: Callable[[], Any]) -> Any:
     now = time.monotonic()
-    for other in [name for name, kept in CACHE.items() if name != run and now - kept.used > _IDLE]:
-        del CACHE[other]
-    kept = CACHE.setdefault(run, _Kept())
+    for other in [name for name, kept in _CACHE.items() if name != run and now - kept.used > _IDLE]:
+        del _CACHE[other]
+    kept = _CACHE.setdefault(run, _Kept())
     kept.used = now
     if key not in kept.values:
         made = make()
@@ -65,9 +65,9 @@ def cached(run: str, key: object, make: Callable[[], Any]) -> Any:
     return kept.values[key]
 
 
-def static_of(broadcast: Any, run: str) -> Recipe:
+def _static(broadcast: Any, run: str) -> Recipe:
     try:
-        return cached(run, "recipe", lambda: unpack(broadcast.value))  # once in a process, not once a task
+        return _cached(run, "recipe", lambda: unpack(broadcast.value))  # once in a process, not once a task
     except Exception as error:
         raise revive(foreign(error)) from error
 
@@ -99,7 +99,7 @@ def decoder_of(
         told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None, "sees": sees}
         try:
             require_versions(versions)
-            found = share(batches, static_of(static, run).columns, partition)
+            found = share(batches, _static(static, run).columns, partition)
             if found is not None:
                 save(_folder(run), str(partition), found)
                 told |= {"rows": found.rows, "shapes": json.dumps(shapes(found))}
@@ -113,7 +113,7 @@ def decoder_of(
 def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
     def task(tokens: Iterable[Any]) -> None:
         list(tokens)
-        CACHE.pop(run, None)
+        _CACHE.pop(run, None)
         shutil.rmtree(_folder(run), ignore_errors=True)
 
     return task
@@ -124,7 +124,7 @@ def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
 
 def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
     """This rank's batches of the round; None where its share is not on this executor."""
-    rows = cached(now.run, rank, lambda: load(_folder(now.run), str(rank)))
+    rows = _cached(now.run, rank, lambda: load(_folder(now.run), str(rank)))
     if rows is None:
         return None
     if rows.rows != now.counts[rank]:
@@ -132,7 +132,7 @@ def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
             f"partition {rank} had {now.counts[rank]} rows when training began and {rows.rows} when it was computed again; "
             "make the DataFrame deterministic (no unseeded rand or limit), or cache it"
         )
-    dealt = cached(now.run, ("deal", rank), dict)  # of one epoch, by its number
+    dealt = _cached(now.run, ("deal", rank), dict)  # of one epoch, by its number
     if now.epoch not in dealt:
         dealt.clear()
         dealt[now.epoch] = order(rows.rows, recipe.seed, now.epoch, rank)
@@ -140,13 +140,13 @@ def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
     return [rows.take(dealt[now.epoch][a:b]) for a, b in pairwise(edges)]
 
 
-def replica_of(recipe: Recipe, shipped: Shipped) -> Replica:
+def _replica(recipe: Recipe, shipped: Shipped) -> Replica:
     found = recipe.blueprint.layout
     weights = torch.empty(found.n, dtype=found.dtype)
     return Replica(recipe.blueprint, weights, None, shipped.read().constants, recipe.loss)
 
 
-def work_of(
+def _work(
     rank: int, recipe: Recipe, replica: Replica, state: Callable[[], tuple[Tensor, Tensor]], gradient: Callable[[], Tensor],
     now: Order,
 ) -> tuple[Update | None, wire.Frame]:  # fmt: skip
@@ -157,7 +157,7 @@ def work_of(
     """
     began = time.perf_counter()
     if not now.quota[rank]:
-        return None, side_frame(Side(rank, 0, 0.0, 0.0, 0.0, 0.0, state()[1]), now.round)
+        return None, _side(Side(rank, 0, 0.0, 0.0, 0.0, 0.0, state()[1]), now.round)
     batches = _rows(rank, recipe, now)
     if batches is None:
         return None, wire.note(wire.MISS, rank, now.round, None)
@@ -170,10 +170,10 @@ def work_of(
     update, loss = recipe.round.local(replica, batches, work)
     done = time.perf_counter()
     side = Side(rank, now.quota[rank], update.weight, loss, done - ready, ready - began, replica.buffers)
-    return update, side_frame(side, now.round)
+    return update, _side(side, now.round)
 
 
-def side_frame(side: Side, round: int) -> wire.Frame:
+def _side(side: Side, round: int) -> wire.Frame:
     numbers = np.array([side.rows, side.weight, side.loss, side.compute_s, side.data_s], dtype="<f8")
     payload = numbers.tobytes() + side.buffers.numpy().astype("<f8").tobytes()
     return wire.Frame(wire.SIDE, side.rank, 0, round, float(side.rows), len(payload) // 8, payload)
@@ -185,8 +185,63 @@ def side_of(frame: wire.Frame) -> Side:
     return Side(frame.rank, int(rows), weight, loss, compute_s, data_s, numbers[5:])
 
 
-def told_of(error: Exception, rank: int, now: Order) -> wire.Frame:
+def _told(error: Exception, rank: int, now: Order) -> wire.Frame:
     return wire.note(wire.ERROR, rank, now.round, report(error, f"worker {rank} (partition {rank})"))
+
+
+# ---- the route through memory -----------------------------------------------------------------------------------------
+
+
+def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Callable[[int, Iterable[Any]], Iterator[bytes]]:
+    """One round, the driver's weights read and the gradient written where both can see them; what travels is small.
+
+    The task is the same in every round, so Spark gets it once; the order of the round is a note beside the job.
+    """
+
+    def task(rank: int, tokens: Iterable[Any]) -> Iterator[bytes]:
+        settle()
+        list(tokens)  # a worker that leaves input unread is not reused
+        now = base.loads(note_of_job())
+        try:
+            for frame in _by_memory(rank, _static(static, now.run), shipped, address, now):
+                yield frame.dumps()
+        except Exception as error:
+            yield _told(error, rank, now).dumps()
+
+    return task
+
+
+def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: Order) -> Iterator[wire.Frame]:
+    source: Look | None = _cached(now.run, "source", lambda: look(address))
+    if source is None:
+        yield wire.note(wire.BLIND, rank, now.round, "the driver's memory cannot be seen")
+        return
+    found = recipe.blueprint.layout
+    replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
+    try:
+        window: Window = _cached(now.run, ("window", rank), lambda: Window(found.n * found.dtype.itemsize))
+    except (OSError, MemoryError) as error:
+        yield wire.note(wire.BLIND, rank, now.round, f"no memory for {found.n * found.dtype.itemsize} bytes of updates: {error}")
+        return
+    window.mark(-1)
+    target = window.values(found.dtype, found.n)
+    update, side = _work(rank, recipe, replica, lambda: state_in(source, found.n, found.m, found.dtype), lambda: target, now)
+    yield side
+    if update is not None:
+        if update.vector.data_ptr() != target.data_ptr():
+            target.copy_(update.vector)
+        window.mark(now.round)
+        placed = {"address": window.address, "weight": update.weight}
+        yield wire.note(wire.PLACED, rank, now.round, placed)
+
+
+def state_in(memory: Look, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [n] and buffers [m] float64 on the driver's memory."""
+    return memory.values(dtype, n), memory.values(torch.float64, m, -(-n * dtype.itemsize // 8) * 8)
+
+
+def state_nbytes(n: int, m: int, dtype: torch.dtype) -> int:
+    return -(-n * dtype.itemsize // 8) * 8 + 8 * m
 
 
 # ---- the route through Spark's shuffle --------------------------------------------------------------------------------
@@ -197,31 +252,31 @@ def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable
         settle()
         list(tokens)
         try:
-            yield from _by_value(rank, static_of(static, now.run), shipped, state, now)
+            yield from _by_value(rank, _static(static, now.run), shipped, state, now)
         except Exception as error:
-            yield 0, told_of(error, rank, now).dumps()
+            yield 0, _told(error, rank, now).dumps()
 
     return task
 
 
 def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Order) -> Keyed:
     found = recipe.blueprint.layout
-    replica = cached(now.run, "replica", lambda: replica_of(recipe, shipped))
+    replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
     key = "gradient" if now.ask is None else ("gradient", rank)
-    gradient = lambda: cached(now.run, key, lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
+    gradient = lambda: _cached(now.run, key, lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
 
     def received() -> tuple[Tensor, Tensor]:
         weights, buffers, *_ = state.value
         return on_bytes(weights, found.dtype), on_bytes(buffers, torch.float64)
 
     if now.ask is None:
-        update, side = work_of(rank, recipe, replica, received, gradient, now)
+        update, side = _work(rank, recipe, replica, received, gradient, now)
         vector = None if update is None else update.vector
     else:
-        kept = cached(now.run, ("update", rank), dict)  # of one round, so that its later jobs need not compute again
+        kept = _cached(now.run, ("update", rank), dict)  # of one round, so that its later jobs need not compute again
         if now.round not in kept:
             kept.clear()
-            kept[now.round] = work_of(rank, recipe, replica, received, gradient, now)
+            kept[now.round] = _work(rank, recipe, replica, received, gradient, now)
         update, side = kept[now.round]
         if side.kind != wire.SIDE:
             kept.clear()
@@ -251,7 +306,7 @@ def _message(rank: int, recipe: Recipe, update: Update, state: Any, now: Order) 
 def combiner_of(static: Any, now: Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:
     def task(owner: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
         settle()
-        yield from combined(owner, pieces, static_of(static, now.run), now)
+        yield from combined(owner, pieces, _static(static, now.run), now)
 
     return task
 

@@ -13,7 +13,7 @@ from torch import nn
 from bigdl_lite import BarrierEngine, ShuffleEngine, TorchEstimator
 from bigdl_lite.engine import barrier, routes, shipped, shuffle
 from bigdl_lite.engine.recipe import Start
-from bigdl_lite.errors import RecipeError, UserError
+from bigdl_lite.errors import RecipeError
 from tests.conftest import flat, frame, mlp, problem, uneven
 
 X, Y = problem()
@@ -79,54 +79,6 @@ def test_memory_that_went_with_its_process_costs_a_repeated_round(spark, monkeyp
     hurt = fit(spark, "shuffle")
     assert len(lost) == 3
     assert torch.equal(flat(quiet.module), flat(hurt.module))
-
-
-def ways(monkeypatch) -> list[str]:
-    """Notes each job of the route through memory: one whose tasks post what they say, or one whose tasks yield it."""
-    taken, make = [], routes.MemoryRoute.__init__
-
-    def init(self, *args):
-        make(self, *args)
-        job, count = self._job, self._count
-        self._job = lambda note: (taken.append("yielded"), job(note))[1]
-        self._count = lambda note: (taken.append("posted"), count(note))[1]
-
-    monkeypatch.setattr(routes.MemoryRoute, "__init__", init)
-    return taken
-
-
-def test_after_the_first_rounds_nothing_comes_through_spark(spark, monkeypatch) -> None:
-    taken = ways(monkeypatch)
-    posted = fit(spark, "shuffle", epochs=6)
-    rounds = sum("step" in line for line in posted.history)
-    assert taken.count("posted") >= rounds - 2 and taken.count("yielded") <= 5, taken
-    monkeypatch.setattr(routes.MemoryRoute, "_posted", lambda self, order: None)
-    taken.clear()
-    yielded = fit(spark, "shuffle", epochs=6)
-    assert taken == ["yielded"] * rounds
-    assert torch.equal(flat(posted.module), flat(yielded.module))
-    assert [x["loss"] for x in posted.history] == [x["loss"] for x in yielded.history]
-
-
-def test_what_has_no_room_in_a_letter_comes_through_spark(spark, monkeypatch) -> None:
-    taken = ways(monkeypatch)
-    with pytest.raises(UserError, match=r"x{20000}"):
-        fit(spark, "shuffle", Talkative, epochs=6)
-    assert taken[-2:] == ["posted", "yielded"]
-
-
-class Talkative(nn.Module):
-    """Raises in the third round of each worker, and says more than a letter holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.calls = mlp(), 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls >= 4:
-            raise ValueError("x" * 20_000)
-        return self.inner(x)
 
 
 def test_where_memory_is_not_seen_any_more_values_travel_through_spark(spark, monkeypatch, caplog) -> None:

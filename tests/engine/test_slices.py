@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bigdl_lite import BarrierEngine, ShuffleEngine, TorchEstimator
-from bigdl_lite.algorithms import Side
 from bigdl_lite.batch import Batch, order
 from bigdl_lite.comm.block import private
 from bigdl_lite.comm.window import Window
 from bigdl_lite.engine import shuffle
 from bigdl_lite.engine.routes import MemoryRoute
-from bigdl_lite.engine.tasks import side_frame
 from bigdl_lite.model.layout import blueprint
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.wire import frame as wire
@@ -92,8 +90,7 @@ def test_a_vector_of_another_version_is_not_summed() -> None:
     route = MemoryRoute.__new__(MemoryRoute)
     route.ground = SimpleNamespace(recipe=SimpleNamespace(blueprint=SimpleNamespace(layout=SimpleNamespace(n=84, dtype=torch.float32))))
     route._seen = {}
-    frames = [wire.note(wire.PLACED, 0, 4, {"address": window.address}), side_frame(Side(0, 2, 2.0, 1.0, 0.0, 0.0, torch.empty(0)), 4)]
-    route._learn(frames)
+    frames = [wire.note(wire.PLACED, 0, 4, {"address": window.address, "weight": 2.0})]
     (update,) = route._updates(frames, 4)
     assert update.weight == 2.0 and float(update.vector.sum()) == 84.0
     window.mark(3)
