@@ -168,6 +168,7 @@ def trained(codec: Codec | None, residual: bool = True, p: int = 4, steps: int =
     return member(None) if codec is None else together(p, member)[0]
 
 
+@pytest.mark.slow
 def test_one_bit_with_both_residuals_reaches_the_loss_of_adam_and_without_them_does_not() -> None:
     """500 steps of 4 peers, 100 of them warm-up, a rate that falls to 0.
 

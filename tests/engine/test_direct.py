@@ -66,10 +66,10 @@ SELECTIONS = {
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("barrier", "shuffle")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("local", "barrier", "shuffle")]
 
 
-@pytest.mark.parametrize("engine", ["local", *SLOW])
+@pytest.mark.parametrize("engine", SLOW)
 def test_the_weights_are_those_of_the_rows_that_spark_brings(spark, path, through_spark, engine) -> None:
     frame = SELECTIONS["filter"](spark.read.parquet(path))
     assert FILE in way.arrange(frame, NAMES, 2).columns

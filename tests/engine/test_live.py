@@ -341,6 +341,7 @@ def test_a_rank_that_is_killed_is_lost_long_before_the_deadline(rank_process: An
         )
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_lost_at_the_deadline_and_one_that_only_has_nothing_to_say_is_not(rank_process: Any) -> None:
     with Driver(3.0) as driver:
         _, stopped = rank_process(driver, 0), rank_process(driver, 1)

@@ -197,6 +197,7 @@ def test_the_shim_goes_with_its_process_but_not_with_a_forked_child(tmp_path):
 # ---- the parent of the workers ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fork_of_the_preloaded_parent_can_train(tmp_path):
     (tmp_path / "chatty.py").write_text("import os\nprint('from python')\nos.write(1, b'from C')\n")
     out = python(

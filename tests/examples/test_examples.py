@@ -34,6 +34,7 @@ def test_the_quickstart_reads_digits_with_both_spark_engines(spark, engine, caps
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_the_recommender_beats_popularity_and_gives_each_user_ten_new_items(spark, tmp_path):
     figures = recommender.run(spark, SMALL, "barrier", 4, str(tmp_path / "best"))
     assert figures["hr"] > 1.5 * figures["popular_hr"]
@@ -56,6 +57,7 @@ def tables(spark):
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_labels_that_mean_nothing_do_not_beat_popularity(tables):
     """Negative control: the same net, the same evaluation, and labels drawn by lot."""
     interactions, train, test = tables
@@ -70,6 +72,7 @@ def test_labels_that_mean_nothing_do_not_beat_popularity(tables):
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_the_contest_is_fair(tables):
     interactions, train, test = tables
     assert interactions.select("user", "item").distinct().count() == interactions.count()
