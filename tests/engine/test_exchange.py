@@ -300,17 +300,17 @@ def test_a_residual_is_needed_to_go_on(data: Any, tmp_path: Any) -> None:
 def test_inside_an_epoch_the_rounds_must_be_as_long_as_before(data: Any, tmp_path: Any) -> None:
     """Else rows would come twice, or never."""
     saving = {"checkpointDir": str(tmp_path), "checkpointUnit": "step"}
-    broken = {"loss": Breaking(str(tmp_path / "flag")), "epochs": 2, **saving}
+    broken = {"loss": Breaking(str(tmp_path / "flag")), "epochs": 2, "batchSize": 10, **saving}
     with pytest.raises(UserError, match="broken off"):
         fit(data, "local", algorithm=local_sgd(2), **broken)
     with pytest.raises(CheckpointError, match="dealt with batches of a round 2; this fit has 1"):
         fit(data, "local", algorithm=local_sgd(1), **broken, resume=True)
-    whole = weights(data, "local", algorithm=local_sgd(2), epochs=2)
+    whole = weights(data, "local", algorithm=local_sgd(2), epochs=2, batchSize=10)
     assert torch.equal(weights(data, "local", algorithm=local_sgd(2), **broken, resume=True), whole)
 
 
 class Breaking(nn.CrossEntropyLoss):
-    """Raises in the second round of the first fit: after two batches of each of three workers."""
+    """Raises in the third or fourth round of the first fit, when the state after the first is surely saved."""
 
     def __init__(self, flag: str) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ class Breaking(nn.CrossEntropyLoss):
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls == 6 and not os.path.exists(self.flag):
+        if self.calls == 18 and not os.path.exists(self.flag):
             open(self.flag, "w").close()
             raise RuntimeError("broken off")
         return super().forward(output, target)
