@@ -24,9 +24,8 @@ The sides of other nodes come beside the exchange, from a thread of the first ra
 
 from __future__ import annotations
 
-import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from bigdl_lite.algorithms import Combine, Side, Sum, Update
 from bigdl_lite.algorithms.exchange import NOTHING, Exchange, State, Turn, is_finite, put_back
+from bigdl_lite.comm.beside import Beside
 from bigdl_lite.comm.block import Block
 from bigdl_lite.comm.comm import Collectives
 from bigdl_lite.comm.room import Room, Table
@@ -80,28 +80,6 @@ def _require_finite(x: Tensor, rank: int, step: int) -> None:
         )
 
 
-class _Beside:
-    """A call in a thread of its own, so that a link with a long delay is waited for once and not twice."""
-
-    def __init__(self, call: Callable[..., list[Tensor]], *given: Any) -> None:
-        self._found: list[Tensor] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(call, *given), name="bigdl_lite-sides", daemon=True)
-        self._thread.start()
-
-    def _run(self, call: Callable[..., list[Tensor]], *given: Any) -> None:
-        try:
-            self._found = call(*given)
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> list[Tensor]:
-        self._thread.join()  # comm has a deadline for everything that it waits for
-        if self._error is not None:
-            raise self._error
-        return self._found
-
-
 class Meeting:
     """One rank's side of every meeting of a fit.
 
@@ -112,16 +90,18 @@ class Meeting:
     """
 
     def __init__(
-        self, place: Place, block: Block, rail: Collectives | None, leaders: Collectives | None, exchange: Exchange | None = None
+        self, place: Place, block: Block, rail: Collectives | None, leaders: Collectives | None, exchange: Exchange | None = None,
+        reach: Any = None,
     ) -> None:  # fmt: skip
         self.place, self.block, self.rail, self.leaders, self.exchange = place, block, rail, leaders, exchange
+        self.reach = reach  # (store, host), for peers that open doors of their own
         self.owns = exchange is not None or place.local < place.rails
         self.owners = place.rails * len(place.nodes) if exchange is None else len(place.nodes[place.node])
         self.wished = False  # whether rank 0 wants the state after this step to be kept; known to all after sides()
         self._told = 0  # bytes already accounted for
         self._mark: int | None = None  # those before the buckets of this step
         self._overlap: Overlap | None = None
-        self._gathering: _Beside | None = None
+        self._gathering: Beside[list[Tensor]] | None = None
         self._comm = None if exchange is None or place.local else rail or Room(Table(1), 0)
 
     def start(self, blueprint: Blueprint, state: State | None) -> None:
@@ -246,7 +226,7 @@ class Meeting:
         grads = self.block.grads
         self.block.wait()
         if len(self.place.nodes) > 1 and not isinstance(self.rail, Room):
-            self._gathering = _Beside(self._gathered, self.block.sides)
+            self._gathering = Beside(self._gathered, self.block.sides)
         if len(grads) > 1:
             Sum()([Update(grad[slice(*self.cut)], 0.0) for grad in grads])
             self.block.wait()
