@@ -54,11 +54,16 @@ class Side:
 
 
 class Work(NamedTuple):
-    """One round on one worker. seed: of its random numbers. rates: the learning rate of each parameter group, at the server."""
+    """One round on one worker. seed: of its random numbers. rates: the learning rate of each parameter group, at the server.
+
+    rank and step only tell which one it is: what is computed may not depend on them, but time may (bigdl_lite.testing).
+    """
 
     seed: int
     epoch: int
     rates: Sequence[float]
+    rank: int = 0
+    step: int = 0
 
 
 class Local(Protocol):
@@ -173,12 +178,15 @@ def durable(advance: Advance) -> Durable:
 
 @dataclass(frozen=True)
 class Round:
-    """exchange: an algorithms.exchange.Exchange; None: updates travel and are combined as they are."""
+    """exchange  an algorithms.exchange.Exchange; None: updates travel and are combined as they are
+    peer      an algorithms.peer.Peer, in place of combine and exchange: there is no common meeting point
+    """
 
     local: Local
     combine: Combine
     advance: Advance
     exchange: Any = None
+    peer: Any = None
 
 
 def merge_buffers(sides: Sequence[Side]) -> Tensor:

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 
 from bigdl_lite.algorithms.algorithm import Advance, Round
+from bigdl_lite.algorithms.averaging import async_average
+from bigdl_lite.algorithms.deadline import within
 from bigdl_lite.algorithms.exchange import Coded, Exchange
+from bigdl_lite.algorithms.gossip import Choco, Difference, gossip, matcha_plan
 from bigdl_lite.algorithms.gradiveq import GradiVeQ
 from bigdl_lite.algorithms.localsgd import local_sgd
 from bigdl_lite.algorithms.parts import Gradient, Sum
+from bigdl_lite.algorithms.pipe import pipe_sgd
 from bigdl_lite.algorithms.powersgd import PowerSGD
 from bigdl_lite.algorithms.qadam import qadam
+from bigdl_lite.algorithms.quasiglobal import qg_dadam, qg_dsgdm
 from bigdl_lite.algorithms.rows import S2, UnionRows
+from bigdl_lite.comm.graph import OnePeerExponential, ShiftOne
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.layout import Blueprint
 from bigdl_lite.wire.codec import BFloat16, Codec, Float16, Raw
@@ -30,6 +36,27 @@ CATALOGUE: dict[str, Callable[[Advance], Round]] = {
     "post-local-sgd": local_sgd(8, after=1),
     # Adam; after 100 steps only the momentum travels, one bit a value
     "qadam": qadam,
+    # each worker averages with its neighbours on a ring: while it computes, or after its step
+    "d-psgd": gossip("ring", early=True),
+    "dsgd": gossip("ring"),
+    # pairs that change in every step
+    "shift-one": gossip(plan=ShiftOne, early=True),
+    "one-peer-exponential": gossip(plan=OnePeerExponential),
+    # half of the edges of a graph, on average, in every step
+    "matcha": gossip(plan=matcha_plan("exponential", budget=0.5)),
+    # neighbours exchange coded differences: 8 bits, or one
+    "dcd-psgd": gossip("ring", Difference(MinMax8())),
+    "choco-sgd": gossip("ring", Choco(Sign(), gamma=0.45)),
+    # momentum of what happened to the model, gossip included
+    "qg-dsgdm": qg_dsgdm(),
+    "qg-dsgdm-n": qg_dsgdm(nesterov=True),
+    "qg-dadam": qg_dadam(),
+    # updates travel while the next step computes
+    "pipe-sgd": pipe_sgd(),
+    # means of the models beside the steps, twice a second
+    "async-average": async_average(),
+    # what is not computed within 100 ms is dropped
+    "deadline-sgd": within(0.1),
 }
 
 EXCHANGES: dict[str, Exchange] = {
@@ -78,9 +105,14 @@ def with_exchange(round_: Round, given: str | Codec | Exchange | None, blueprint
             "or an exchange (check, start)"
         )
     if made is None:
-        made = round_.exchange
+        made = round_.exchange or getattr(round_.peer, "exchange", None)
         if made is None:
             return round_
+    elif round_.peer is not None and not hasattr(round_.peer, "exchange"):
+        raise RecipeError(
+            f"{type(round_.peer).__name__} has no common meeting for the exchange {type(made).__name__}: leave out exchange=; codecs "
+            "are given to the algorithm (Difference, Choco)"
+        )
     elif round_.exchange is not None:
         raise RecipeError(
             f"the algorithm brings its own exchange, {type(round_.exchange).__name__}: leave out exchange={given!r}, or take another "
@@ -99,5 +131,7 @@ def with_exchange(round_: Round, given: str | Codec | Exchange | None, blueprint
             f"overlap=True sends the gradient while backward computes it, and {type(round_.local).__name__} makes something else of "
             "it: leave out overlap"
         )
+    if round_.peer is not None:  # it does the exchange itself
+        return replace(round_, peer=replace(round_.peer, exchange=made))
     made.check(blueprint)
     return replace(round_, exchange=made)

@@ -65,17 +65,17 @@ class Hall:
                 raise PeerLost(f"ranks do not agree on who shares memory with whom: {views}")
         place = Place(self.rank, nodes)
         block = self._block(place, seen)
-        rail = leaders = None
+        rail = leaders = reach = None
         if len(nodes) > 1:
             assert self.store is not None
             ip = socket.gethostbyname(self.host)
-            exchange = recipe.round.exchange
+            exchange, reach = recipe.round.exchange, (self.store, ip)
             if place.local < (place.rails if exchange is None else 1):
-                device = self.device if exchange is None else None  # what is encoded lies on the CPU
+                device = self.device if exchange is None and not recipe.apart else None  # else what travels lies on the CPU
                 rail = Group(self.store, f"rail{place.local}", place.node, len(nodes), ip, device)
             if place.local == 0:
                 leaders = Group(self.store, "leaders", place.node, len(nodes), ip)
-        return Meeting(place, block, rail, leaders, recipe.round.exchange)
+        return Meeting(place, block, rail, leaders, recipe.round.exchange, reach)
 
     def _mail_of(self, rank: int, address: str) -> Look | None:
         """A rank's mailbox, None where it is on another node."""

@@ -52,15 +52,19 @@ class History:
             self._since = [0.0, 0]
         return {"epoch": dict(self._epoch), "since": list(self._since), "loss": loss / rows if rows else math.nan}
 
-    def step(self, step: int, epoch: int, sides: Sequence[Side], loss: float, seconds: float, lr: float) -> None:
-        """One step; sent() follows when the bytes of all ranks are known."""
+    def step(
+        self, step: int, epoch: int, sides: Sequence[Side], loss: float, seconds: float, lr: float,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """One step; sent() follows when the bytes of all ranks are known. more: what only some methods have to say of it."""
         compute = max(side.compute_s for side in sides)
         data = max(side.data_s for side in sides)
         self._line = {
-            "step": step, "epoch": epoch, "loss": loss, "rows": sum(side.rows for side in sides), "lr": lr, "seconds": seconds,
+            "step": step, "epoch": epoch, "loss": loss, "rows": sum(side.rows for side in sides),
+            "weight": sum(side.weight for side in sides), "lr": lr, "seconds": seconds,
             "compute_s": compute, "sync_s": max(0.0, seconds - compute - data), "data_s": data, "bytes_sent": 0,
         }  # fmt: skip
-        self._line["sync_ratio"] = _ratio(self._line)
+        self._line |= {"sync_ratio": _ratio(self._line), **(more or {})}
 
     def sent(self, nbytes: int) -> None:
         """Completes the last step with the bytes that all ranks sent in it, and tells the observer."""
@@ -80,10 +84,15 @@ class History:
             self.lines.append(line)
         self._observer(line)
 
-    def epoch(self, epoch: int) -> float:
+    @property
+    def mean(self) -> float:
+        """The mean loss of the epoch, so far."""
+        return self._epoch["loss"] / max(1, self._epoch["rows"]) if self._epoch else 0.0
+
+    def epoch(self, epoch: int, more: Mapping[str, Any] | None = None) -> float:
         """Closes the epoch; returns its mean loss."""
-        total, self._epoch = self._epoch, {}
-        line = {"epoch": epoch, **total, "loss": total["loss"] / max(1, total["rows"]), "sync_ratio": _ratio(total)}
+        mean, total, self._epoch = self.mean, self._epoch, {}
+        line = {"epoch": epoch, **total, "loss": mean, "sync_ratio": _ratio(total), **(more or {})}
         self.lines.append(line)
         self._observer(line)
         return line["loss"]

@@ -37,6 +37,11 @@ class LocalEngine:
         p = recipe.num_workers
         if len(frame) != p:
             raise RecipeError(f"{len(frame)} shares for {p} workers; give one to each")
+        if recipe.round.peer is not None and recipe.round.peer.threads:
+            raise RecipeError(
+                f"{type(recipe.round.peer).__name__} lets workers be of different speed, and those of the local engine are threads "
+                "that take turns: take engine='barrier'"
+            )
         found = [share(batches, recipe.columns, rank) for rank, batches in enumerate(frame)]
         agreed = agree([shapes(x) for x in found], recipe.columns)
         full = [nothing(recipe.columns, agreed) if x is None else x for x in found]

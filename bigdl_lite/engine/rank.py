@@ -12,6 +12,7 @@ from bigdl_lite.algorithms import State, Update, Work, merge_buffers
 from bigdl_lite.batch import Batch, mix, order, quotas, rounds
 from bigdl_lite.comm.block import Size
 from bigdl_lite.data.arrow import shapes
+from bigdl_lite.engine.apart import train_apart
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.meeting import SIDE, Meeting
@@ -38,6 +39,8 @@ def train(
     counts  the rows of every rank
     keep    takes this rank's part of the state after a step where a checkpoint is due, or where rank 0 asks for one
     """
+    if recipe.round.peer is not None:
+        return train_apart(share, counts, recipe, start, meeting, observer, keep)
     rank, method, block = meeting.place.rank, recipe.round, meeting.block
     weights = block.weights.clone() if method.local.moves else block.weights
     replica = Replica(recipe.blueprint, weights, block.grads[meeting.place.local], start.constants, recipe.loss)
@@ -71,7 +74,7 @@ def train(
             if method.local.moves:
                 weights.copy_(block.weights)
             ready = time.perf_counter()
-            work = Work(mix(recipe.seed, 2, step, rank), epoch, advancer.rates())
+            work = Work(mix(recipe.seed, 2, step, rank), epoch, advancer.rates(), rank, step)
             if method.exchange is not None:
                 meeting.begin(replica, plan[a:b].sum(0).tolist(), step, mix(recipe.seed, 3, step))
             told, loss = method.local(replica, batches, work)

@@ -14,6 +14,7 @@ from torch import Tensor
 from bigdl_lite.algorithms import Round, State
 from bigdl_lite.data.columns import Columns
 from bigdl_lite.errors import CheckpointError, RecipeError
+from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.layout import Blueprint
 from bigdl_lite.model.replica import Loss
 
@@ -96,13 +97,23 @@ class Recipe:
                 "overlap=True sends each rank's gradient while backward computes it, and hierarchical=True sums those of a node first: "
                 "leave out one of them"
             )
+        if self.round.peer is not None and self.hierarchical:
+            raise RecipeError(
+                f"with {type(self.round.peer).__name__} each worker has weights of its own, and hierarchical=True makes those of one "
+                "machine one: leave out one of them"
+            )
+        if self.round.peer is not None and any(isinstance(m, SyncBatchNorm) for m in self.blueprint.skeleton.modules()):
+            raise RecipeError(
+                f"syncBatchNorm=True makes all workers meet inside forward, and with {type(self.round.peer).__name__} they do not: "
+                "leave it out, or take GroupNorm, which needs no other rows"
+            )
         if not self.recovery >= 0:
             raise RecipeError(f"recoveryInterval is {self.recovery} s, must be at least 0")
 
     @property
     def apart(self) -> bool:
         """Whether each rank is a peer of its own, whoever it shares a machine with."""
-        return self.round.exchange is not None and not self.hierarchical
+        return self.round.peer is not None or (self.round.exchange is not None and not self.hierarchical)
 
     def steps(self, batches: int) -> int:
         """Rounds of the whole fit, where an epoch has so many batches."""

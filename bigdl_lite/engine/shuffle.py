@@ -79,6 +79,12 @@ class ShuffleEngine:
                 "syncBatchNorm=True makes workers meet inside forward, which tasks of the shuffle engine cannot: "
                 "take engine='barrier' or 'local'"
             )
+        if recipe.round.peer is not None:
+            raise RecipeError(
+                f"with {type(recipe.round.peer).__name__} each worker has weights of its own and speaks to others, and tasks of the "
+                "shuffle engine keep nothing and speak to nobody: take engine='barrier'"
+                + ("" if recipe.round.peer.threads else " or 'local'")
+            )
         exchange = recipe.round.exchange
         if exchange is not None and exchange.remembers:
             raise RecipeError(

@@ -166,7 +166,7 @@ def _work(
     replica.buffers = buffers
     replica.write_to(gradient())
     ready = time.perf_counter()
-    work = Work(mix(recipe.seed, 2, now.round, rank), now.epoch, now.rates)
+    work = Work(mix(recipe.seed, 2, now.round, rank), now.epoch, now.rates, rank, now.round)
     update, loss = recipe.round.local(replica, batches, work)
     done = time.perf_counter()
     side = Side(rank, now.quota[rank], update.weight, loss, done - ready, ready - began, replica.buffers)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 
+from bigdl_lite.algorithms import Round
 from bigdl_lite.engine.barrier import BarrierEngine
 from bigdl_lite.engine.keeper import Keep, forget
 from bigdl_lite.engine.local import LocalEngine
@@ -30,7 +31,7 @@ class _LocalFrame:
 ENGINES = {"barrier": BarrierEngine, "shuffle": ShuffleEngine, "local": _LocalFrame}
 
 
-def choose(asked: Any, workers: int | None, spark: SparkSession, exchange: Any = None) -> tuple[Engine, int]:
+def choose(asked: Any, workers: int | None, spark: SparkSession, round_: Round) -> tuple[Engine, int]:
     """The engine and the number of workers; None: one worker for each slot.
 
     "auto" takes the barrier engine where that many tasks can run at the same time, executors do not come and go (dynamic
@@ -46,7 +47,8 @@ def choose(asked: Any, workers: int | None, spark: SparkSession, exchange: Any =
         sc = spark.sparkContext
         # what ranks say to one another is not encrypted, and Spark has no barrier where executors come and go
         fit = on_this_machine(sc) or not (encrypts(sc) or is_elastic(sc))
-        name = "barrier" if (p <= free and fit) or getattr(exchange, "remembers", False) else "shuffle"
+        stays = round_.peer is not None or getattr(round_.exchange, "remembers", False)  # each worker has what no other has
+        name = "barrier" if (p <= free and fit) or stays else "shuffle"
         _LOG.info("engine=%s: %d workers, %d slots", name, p, free)
         return ENGINES[name](), p
     if asked not in ENGINES:

@@ -72,6 +72,7 @@ class TorchEstimator(Estimator, HasTraining):
                       checkpointUnit ("step" or "epoch") say when, checkpointKeep how many of the newest stay beside the best
     resume            goes on from the last checkpoint there, if there is one, to the same weights as without a break
     recoveryInterval  seconds between the states that engine="barrier" keeps at the driver, to go on from where a rank is lost
+    maxRecoveries     losses of ranks after which it gives up with an error that says what was lost; 0: at the first
 
     BatchNorm and other buffers, in all engines: each worker normalises with the rows of its own share (as in DDP), and
     after every step a buffer is the mean of the workers' values, weighted by their rows. syncBatchNorm=True takes the
@@ -96,7 +97,7 @@ class TorchEstimator(Estimator, HasTraining):
         logInterval: int | None = None, predictBatchSize: int | None = None, progress: str | None = None,
         checkpointDir: str | None = None, checkpointInterval: int | None = None, checkpointUnit: str | None = None,
         checkpointKeep: int | None = None, resume: bool | None = None, recoveryInterval: float | None = None,
-        deadline: float | None = None, **more: Any,
+        maxRecoveries: int | None = None, deadline: float | None = None, **more: Any,
     ) -> None:  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "more", "__class__")} | more
         super().__init__()
@@ -104,7 +105,7 @@ class TorchEstimator(Estimator, HasTraining):
             inputCols=["features"], labelCol="label", predictionCol="prediction", batchSize=256, epochs=1, engine="auto",
             algorithm="sync-sgd", seed=0, optimizer=_adam, schedulerInterval="epoch", syncBatchNorm=False, logInterval=1,
             predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
-            checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0,
+            checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0, maxRecoveries=3,
             hierarchical=False,
         )  # fmt: skip
         unknown = sorted(name for name in more if not self.hasParam(name))
@@ -138,15 +139,18 @@ class TorchEstimator(Estimator, HasTraining):
         replica = Replica(plan, weights.clone(), None, constants, loss)
         _try(lambda: round_.advance.check(replica), "the optimizer or scheduler")
         loss = self._loss(loss)
-        check(module=plan, loss=loss, optimizer=advance, decoders=decoders, exchange=round_.exchange)
-        engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession, round_.exchange)
+        engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession, round_)
+        if round_.peer is not None:
+            peer = _try(lambda: round_.peer.prepared(plan, replica, round_.advance, p), "the algorithm")
+            round_ = replace(round_, peer=peer)
+        check(module=plan, loss=loss, optimizer=advance, decoders=decoders, exchange=round_.exchange, algorithm=round_.peer)
         with computed():
             frame = arrange(dataset, [*inputs, label], p)
         columns = replace(columns, row=ROW if ROW in frame.columns else None, located=FILE in frame.columns)
         recipe = Recipe(
             plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),
             given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}", saving_of(self), recovery_of(self, round_, replica),
-            hierarchical=given("hierarchical"),
+            given("maxRecoveries"), given("hierarchical"),
         )  # fmt: skip
         start, keeper = begin(self, recipe, start, replica, lambda: about(self._model, recipe, columns, self._kind(loss), maker))
         before = list(keeper.before) if keeper else []

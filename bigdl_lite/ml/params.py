@@ -99,6 +99,9 @@ class HasTraining(HasScoring, HasLabelCol, HasSeed):
     checkpointUnit = _param("checkpointUnit", "of checkpointInterval: 'step' or 'epoch'", _text)
     checkpointKeep = _param("checkpointKeep", "how many of the newest checkpoints stay, beside the best", _int)
     resume = _param("resume", "go on from the last checkpoint in checkpointDir, if there is one", TypeConverters.toBoolean)
+    maxRecoveries = _param(
+        "maxRecoveries", "losses of workers after which a fit in the barrier engine ends with the error; 0: at the first", _int
+    )
     recoveryInterval = _param(
         "recoveryInterval", "seconds between the states that a fit in the barrier engine goes on from after a loss", _float
     )
@@ -139,6 +142,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("batchSize", "epochs", "logInterval", "predictBatchSize", "checkpointInterval", "checkpointKeep"), (_number(1), "at least 1")
     ),
     "checkpointUnit": (lambda text: text in ("step", "epoch"), "'step' or 'epoch'"),
+    "maxRecoveries": (_number(0), "at least 0"),
     "recoveryInterval": (_number(0), "at least 0 seconds"),
     "numWorkers": (_number(1, _MOST_WORKERS), f"at least 1 and at most {_MOST_WORKERS}"),
     "seed": (_number(-(2**63), 2**63 - 1), "a whole number of 64 bits"),

@@ -36,6 +36,8 @@ def saving_of(estimator: Any) -> Saving | None:
 
 def recovery_of(estimator: Any, round_: Round, replica: Replica) -> float:
     """Seconds between the states that are kept to go on from; inf where the method's state cannot be told."""
+    if round_.peer is not None and not round_.peer.keeps:
+        return math.inf
     try:
         durable(round_.advance).check_state(replica)
     except CheckpointError as error:
@@ -54,6 +56,11 @@ def begin(
     """
     if recipe.saving is None:
         return start, None
+    peer = recipe.round.peer
+    if peer is not None and not peer.keeps:
+        raise CheckpointError(
+            f"{peer!r} is at no moment in a state that could be saved: fit without checkpointDir, or take another algorithm"
+        )
     about, folder = describe(), estimator._given("checkpointDir")
     store, lines = Checkpoints(folder, _RUN, estimator._given("checkpointKeep")), []
     saved = store.last()

@@ -255,6 +255,58 @@ def test_a_driver_that_is_killed_again_and_again_ends_with_the_same_weights(run,
 FAULTS = ["killed", "stopped"], ["killed in decode", "stopped in decode", "killed, no states"]
 
 
+@pytest.mark.cluster
+@pytest.mark.timeout(180)
+@pytest.mark.slow
+def test_gossip_goes_on_or_ends_after_the_loss_of_a_neighbour_and_never_hangs(run):
+    """A rank of four is killed, or stopped, in its seventh step. The others go on from the last state of all, or end with an error."""
+    program = """
+    spark = local_session(cores=4, conf={"spark.ui.showConsoleProgress": "false"})
+    spark.sparkContext.setLogLevel("OFF")
+    flag = os.path.join(os.getcwd(), "flag")
+
+    class Net(nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.net, self.calls, self.number = mlp(), 0, number
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 7 and self.training and self.number and TaskContext.get().partitionId() == 1 and not os.path.exists(flag):
+                open(flag, "w").close()
+                os.kill(os.getpid(), self.number)
+                time.sleep(0.1)
+            return self.net(x)
+
+    from pyspark import TaskContext
+    df = frame(spark, X, Y, [20, 20, 20, 20]).cache()
+    def fit(number, **more):
+        if os.path.exists(flag):
+            os.unlink(flag)
+        began = time.time()
+        made = estimator("barrier", epochs=6, recoveryInterval=0.0, deadline=4.0, algorithm="d-psgd", **more)
+        made._set(module=lambda: Net(number), numWorkers=4)
+        try:
+            model = made.fit(df)
+        except Exception as error:
+            return type(error).__name__ + ": " + str(error)[:300], os.path.exists(flag), round(time.time() - began, 1)
+        return flat(model.module), os.path.exists(flag), round(time.time() - began, 1)
+
+    quiet, _, base = fit(0)
+    told = {"base": base}
+    for name, number in {"killed": 9, "stopped": 19}.items():
+        weights, hit, seconds = fit(number)
+        told[name] = {"hit": hit, "equal": torch.is_tensor(weights) and torch.equal(weights, quiet), "seconds": seconds}
+        error, hit, seconds = fit(number, maxRecoveries=0)
+        told[name + ", policy end"] = {"hit": hit, "error": error if isinstance(error, str) else "none", "seconds": seconds}
+    print(json.dumps(told))
+    """
+    told = result(run(program), 170)
+    for name in ("killed", "stopped"):
+        assert told[name]["hit"] and told[name]["equal"] and told[name]["seconds"] < told["base"] + 30, told
+        ended = told[name + ", policy end"]
+        assert ended["hit"] and ended["error"].startswith(("PeerLost", "MeetingTimeout")) and ended["seconds"] < told["base"] + 30, told
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.slow
 @pytest.mark.parametrize("names", FAULTS, ids=["training", "more"])
