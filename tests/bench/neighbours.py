@@ -88,12 +88,12 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
     even, uneven = str(network.write(context.folder, steps)), str(skewed(context.folder, steps))
     rows: list[Row] = []
     with Hosts() as hosts:
-        spark = hosts.spark(__name__)
+        spark, ddp = hosts.spark(__name__), hosts.ranks(network.__name__)
 
         def ask(name: str, path: str, epochs: int = 1) -> Told | None:
             began = time.monotonic()
             try:
-                found = spark.ask({"method": name, "path": path, "epochs": epochs})
+                found = (ddp if name == "DDP" else spark).ask({"method": name, "path": path, "epochs": epochs})
             except RuntimeError as error:
                 print(f"neighbours: {name} failed: {error}", file=sys.stderr, flush=True)
                 return None
@@ -108,7 +108,7 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
                 rows.append(Row("neighbours", f"rows skewed, alpha {ALPHA}", name, "% right", (100 * right,), {}, note))
         for at in NETWORKS[-1:] if context.quick else NETWORKS:
             measured = hosts.limit(at)
-            for name in methods():
+            for name in (*(("DDP",) if at == LATENCY else ()), *methods()):
                 if told := ask(name, even):
                     row = network.row(at, name, told, measured)
                     rows.append(Row("neighbours", row.workload, name, row.unit, row.values, row.phases, row.note))
@@ -124,4 +124,8 @@ def claims(rows: list[Row]) -> list[Claim]:
         if without and "dense" in seconds:
             best = min(without, key=lambda name: without[name])
             found.append(Claim("neighbours", f"{at}: seconds to the loss, dense against {best}", seconds["dense"] / without[best], 1.0))
+    step = {row.system: float(row.note.split(" s and")[0]) for row in rows if row.workload == str(LATENCY)}
+    if "DDP" in step and "shift-one" in step:
+        ratio = step["DDP"] / step["shift-one"]
+        found.append(Claim("neighbours", f"{LATENCY}: seconds of a step, DDP's ring against shift-one", ratio, 2.5))
     return found

@@ -45,6 +45,13 @@ def test_the_codec_of_the_readme_trains_by_value_in_all_engines(df: Any) -> None
     assert sent > 0
 
 
+def test_a_method_is_tried_on_skewed_rows_and_slow_workers(df: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    here: dict[str, Any] = {"df": df, "nn": nn, "TorchClassifier": TorchClassifier, "__name__": "__main__"}
+    exec(compile(block("import Delays"), "README.md", "exec"), here)
+    assert "times each worker was in time" in capsys.readouterr().out
+    assert any("accepted" in line for line in here["model"].history)
+
+
 def test_names_of_exchanges_and_algorithms_in_the_readme_are_those_of_the_package() -> None:
     from bigdl_lite.algorithms import CATALOGUE, EXCHANGES
 
