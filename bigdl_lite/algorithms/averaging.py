@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms.algorithm import Advance, DurableAdvancer, Round, State, Update
-from bigdl_lite.algorithms.gossip import require_finite
 from bigdl_lite.algorithms.parts import Gradient, Sum
-from bigdl_lite.algorithms.peer import Here, Moment
+from bigdl_lite.algorithms.peer import Here, Moment, require_finite
 from bigdl_lite.comm.beside import Beside
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.layout import Blueprint
@@ -88,7 +87,7 @@ class _Averaging:
     def _begin(self, step: int, there: bool) -> None:
         """A round; there: whether this worker has come to the report and only waits for the others."""
         self._snapshot = self.weights.detach().cpu().clone()
-        require_finite(self._snapshot, self.comm.rank, step)
+        require_finite(self._snapshot, "model", self.comm.rank, step)
         told = torch.cat([self._snapshot / self.comm.size, torch.tensor([float(there)], dtype=self._snapshot.dtype)])
         self._round = Beside(self.comm.all_reduce, told)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from bigdl_lite.algorithms.powersgd import PowerSGD
 from bigdl_lite.algorithms.qadam import qadam
 from bigdl_lite.algorithms.quasiglobal import qg_dadam, qg_dsgdm
 from bigdl_lite.algorithms.rows import S2, UnionRows
+from bigdl_lite.algorithms.server import backup_workers, bounded_staleness
 from bigdl_lite.comm.graph import OnePeerExponential, ShiftOne
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.layout import Blueprint
@@ -55,6 +57,10 @@ CATALOGUE: dict[str, Callable[[Advance], Round]] = {
     "pipe-sgd": pipe_sgd(),
     # means of the models beside the steps, twice a second
     "async-average": async_average(),
+    # all workers but the slowest one make a step; or each push is one by itself, and nobody is more than 4 steps ahead, or any number
+    "backup-workers": backup_workers(1),
+    "bounded-staleness": bounded_staleness(4),
+    "async-sgd": bounded_staleness(math.inf),
     # what is not computed within 100 ms is dropped
     "deadline-sgd": within(0.1),
 }

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms.algorithm import Advance, DurableAdvancer, Round, State, Update
-from bigdl_lite.algorithms.exchange import copy_into, is_finite
+from bigdl_lite.algorithms.exchange import copy_into
 from bigdl_lite.algorithms.parts import Gradient, Sum
-from bigdl_lite.algorithms.peer import Here, Moment
+from bigdl_lite.algorithms.peer import Here, Moment, require_finite
 from bigdl_lite.comm.beside import Beside
 from bigdl_lite.comm.comm import Collectives
 from bigdl_lite.comm.graph import Schedule, Static, graph_of, metropolis, partners, static
 from bigdl_lite.comm.matcha import matcha
-from bigdl_lite.errors import DivergedError, RecipeError
+from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.layout import Blueprint
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.wire.codec import Codec, decoded, encoded, length, made_for, on_bytes
@@ -251,7 +251,7 @@ class _Gossip:
         self.advancer.step(update, self.advancer.measure(update))
         if not self.how.early and self._due(now.step):
             x = self.weights.detach().cpu()
-            require_finite(x, self.comm.rank, now.step)
+            require_finite(x, "model", self.comm.rank, now.step)
             with torch.no_grad():
                 self.weights.copy_(self._mix(x, now))
         if self._settle_momentum is not None and self._due(now.step):
@@ -280,14 +280,6 @@ class _Gossip:
 
     def close(self) -> None:
         pass
-
-
-def require_finite(x: Tensor, rank: int, step: int) -> None:
-    """Neighbours would take it in, and a codec might make numbers of what is none."""
-    if not is_finite(x):
-        raise DivergedError(
-            f"the weights of rank {rank} are not finite in step {step}; lower the learning rate, clip gradients, or look at its rows"
-        )
 
 
 def fixed(topology: Topology = "ring", rule: Callable[[Any], np.ndarray] = metropolis) -> Plan:

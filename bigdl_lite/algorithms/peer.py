@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms.algorithm import Advance, DurableAdvancer, State, Update
+from bigdl_lite.algorithms.exchange import is_finite
 from bigdl_lite.comm.comm import Collectives
+from bigdl_lite.errors import DivergedError
 from bigdl_lite.model.layout import Blueprint
 from bigdl_lite.model.replica import Replica
 
@@ -117,6 +119,14 @@ class Peer(Protocol):
         ...
 
     def start(self, here: Here) -> Peering: ...
+
+
+def require_finite(x: Tensor, what: str, rank: int, step: int) -> None:
+    """Raises DivergedError: others would take it in, and a codec might make numbers of what is none."""
+    if not is_finite(x):
+        raise DivergedError(
+            f"the {what} of rank {rank} is not finite in step {step}; lower the learning rate, clip gradients, or look at its rows"
+        )
 
 
 def distance(weights: Tensor, mean: Tensor) -> float:

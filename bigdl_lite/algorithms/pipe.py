@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms.algorithm import Advance, DurableAdvancer, Round, State, Update
-from bigdl_lite.algorithms.exchange import Coded, Exchange, Turn, is_finite
+from bigdl_lite.algorithms.exchange import Coded, Exchange, Turn
 from bigdl_lite.algorithms.parts import Gradient, Sum
-from bigdl_lite.algorithms.peer import Here, Moment
+from bigdl_lite.algorithms.peer import Here, Moment, require_finite
 from bigdl_lite.comm.beside import Beside
-from bigdl_lite.errors import DivergedError, RecipeError
+from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.layout import Blueprint
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.wire.codec import Codec, Raw
@@ -123,11 +123,7 @@ class _Pipelined:
     def step(self, update: Update, now: Moment) -> int:
         total, rank = sum(now.rows) or 1, self.comm.rank
         x = (update.vector / total).cpu()
-        if not is_finite(x):  # a codec might make numbers of what is none
-            raise DivergedError(
-                f"the update of rank {rank} is not finite in step {now.step}; lower the learning rate, clip gradients, or look at its "
-                "rows"
-            )
+        require_finite(x, "update", rank, now.step)
         turn = Turn(now.step, now.seed, now.rows[rank] / total)
         if now.step < self.how.warmup:
             self._apply(self._exchange(x, update.weight / total, turn))

@@ -78,12 +78,14 @@ class _Fit:
         self.peering: Peering = self.peer.start(here)
         self.notes: list[list[float]] = []
         self.sent, self.together = 0, 0.0
-        if start.resume:
-            start.resume.check(dealt(recipe, counts, start.now))
-            self._restore(start.resume.state)
+        self.resume = start.resume
+        if self.resume:
+            self.resume.check(dealt(recipe, counts, start.now))
 
     def run(self) -> Outcome:
         deal, of, until = torch.empty(0, dtype=torch.int64), -1, self._until()
+        if self.resume:
+            self._restore(self.resume.state)
         self.together = time.perf_counter()  # all have met in __init__
         while self.step < self.steps:
             began = time.perf_counter()
@@ -202,11 +204,11 @@ class _Fit:
 
     def _keep(self, now: Position, due: bool) -> None:
         sums = self.history.sums(due)
-        cut, advancer = getattr(self.peering, "cut", (0, len(self.weights))), self.peering.advancer
-        if cut == (0, len(self.weights)) and self.rank:  # all have all of it; what is this rank's alone comes as its own
+        advancer, cut = self.peering.advancer, getattr(self.peering, "cut", None)
+        if cut is None and self.rank:  # all have all of it; what is this rank's alone comes as its own
             cut, state = (0, 0), State({}, {})
         else:
-            state = advancer.state()
+            cut, state = cut or (0, len(self.weights)), advancer.state()
         own = self.peering.own()
         if not self.peer.alike:
             mine = durable(self.recipe.round.advance).join([advancer.state()])
@@ -221,12 +223,13 @@ class _Fit:
     def _restore(self, saved: State) -> None:
         """Puts this rank's own weights and state back."""
         rest, _, owns = parted(saved)
-        if len(owns) != self.all.size:
+        each = not self.peer.alike or getattr(getattr(self.peer, "exchange", None), "remembers", False)
+        if len(owns) != self.all.size and (each or not owns):
             raise CheckpointError(
-                f"the checkpoint holds the weights of {len(owns)} workers, each its own, and there are {self.all.size} now: go on with "
-                "as many as before, or begin anew in another folder"
+                f"the checkpoint holds the weights of {len(owns)} workers, each its own, and there are {self.all.size} now: go on "
+                "with as many as before, or begin anew in another folder"
             )
-        own, state = owns[self.rank], rest
+        own, state = owns[self.rank % len(owns)], rest  # where each has the same, any will do
         if not self.peer.alike:
             facts = dict(own.facts)
             tensors = dict(own.tensors)

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms import Combine, Side, Sum, Update
-from bigdl_lite.algorithms.exchange import NOTHING, Exchange, State, Turn, is_finite, put_back
+from bigdl_lite.algorithms.exchange import NOTHING, Exchange, State, Turn, put_back
+from bigdl_lite.algorithms.peer import require_finite
 from bigdl_lite.comm.beside import Beside
 from bigdl_lite.comm.block import Block
 from bigdl_lite.comm.comm import Collectives
@@ -70,14 +71,6 @@ class Place:
     @property
     def rails(self) -> int:
         return min(map(len, self.nodes))
-
-
-def _require_finite(x: Tensor, rank: int, step: int) -> None:
-    """A codec might make numbers of what is none."""
-    if not is_finite(x):
-        raise DivergedError(
-            f"the update of rank {rank} is not finite in step {step}; lower the learning rate, clip gradients, or look at its rows"
-        )
 
 
 class Meeting:
@@ -215,7 +208,7 @@ class Meeting:
 
         def send(i: int, x: Tensor) -> Tensor:
             x.div_(total)
-            _require_finite(x, self.place.rank, step)
+            require_finite(x, "update", self.place.rank, step)
             return exchanger.bucket(i, x.cpu(), comm, turn)
 
         self._mark = self._total()
@@ -236,7 +229,7 @@ class Meeting:
                 self._overlap.end()
             else:
                 x = grads[0].div_(self._rows)
-                _require_finite(x, self.place.rank, self._turn.step)
+                require_finite(x, "update", self.place.rank, self._turn.step)
                 y = self._exchanger(x.cpu(), self._comm, self._turn)
                 if y.data_ptr() != x.data_ptr():
                     x.copy_(y)

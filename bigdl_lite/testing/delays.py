@@ -20,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 
 from bigdl_lite.algorithms import Advance, Local, Round, Update, Work, method
+from bigdl_lite.algorithms.deadline import Within
 from bigdl_lite.batch import Batch, mix
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.replica import Replica
@@ -101,6 +102,9 @@ def slowed(algorithm: str | Callable[[Any], Round], delays: Delays) -> Callable[
 
     def made(advance: Advance) -> Round:
         found = method(algorithm, advance)
+        if isinstance(found.local, Within):  # it looks at the clock after each part: a slow worker is slow in each of them
+            each = replace(delays, unit=delays.unit / found.local.parts)
+            return replace(found, local=replace(found.local, local=cast(Local, Slowed(found.local.local, each))))
         return replace(found, local=cast(Local, Slowed(found.local, delays)))  # its moves can be read, not set
 
     return made

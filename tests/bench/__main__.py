@@ -21,7 +21,8 @@ from tests.bench.hosts import why_not
 from tests.bench.report import Claim, Context, Row, claims_table, decode, encode, table, write
 
 ROOT = Path(__file__).resolve().parents[2]
-ON_HOSTS = ("network", "s2", "gradiveq", "overlap", "pipe", "neighbours")  # need hosts with slow links: left out where there can be none
+# need hosts with slow links: left out where there can be none
+ON_HOSTS = ("network", "s2", "gradiveq", "overlap", "pipe", "neighbours")
 NAMES = (
     "training", "memory", "meeting", "growth", "fits", "start", "ingest", "transform", "large", "overhead", "distributor", "soak",
     "codecs", "skew", "stragglers", *ON_HOSTS,

@@ -232,6 +232,17 @@ def test_the_models_of_other_numbers_of_workers_are_refused() -> None:
         nodes.locally(other, replace(saved[0], constants=start.constants))
 
 
+def test_models_that_are_alike_go_on_with_another_number_of_workers() -> None:
+    made, start = recipe("pipe-sgd", 3, epochs=2)
+    keeper = Keeper(replace(made, saving=Saving(1)))
+    locally(replace(made, saving=Saving(1)), start, keeper)
+    saved = keeper.last()
+    assert saved is not None
+    other, _ = recipe("pipe-sgd", 2, epochs=4)
+    again = nodes.locally(other, replace(saved[0], constants=start.constants))
+    assert [x["step"] for x in steps(again)] == list(range(10, 20))
+
+
 # ---- what cannot be ---------------------------------------------------------------------------------------------------------
 
 

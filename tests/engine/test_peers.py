@@ -1,4 +1,4 @@
-"""Methods without a common meeting point, by the front door: in the barrier engine as in the local one, saved, gone on with, refused."""
+"""Methods without a common meeting point, by the front door: in barrier as in local, saved, gone on with, refused."""
 
 from __future__ import annotations
 
