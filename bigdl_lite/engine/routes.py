@@ -12,6 +12,7 @@ executor lacks its share, or where memory went with the process that owned it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,13 +28,14 @@ from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import Ask, Packed, packed, to_bytes
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import encrypts, exchange, repeated
-from bigdl_lite.engine.tasks import combined, combiner_of, looker_of, mapper_of, side_of, state_in, state_nbytes
+from bigdl_lite.engine.spark import Submitters, encrypts, exchange, repeated
+from bigdl_lite.engine.tasks import CLOSED, combined, combiner_of, looker_of, mapper_of, side_of, state_in, state_nbytes
 from bigdl_lite.errors import PeerLost, revive
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, decoded, group_of
 
 _REFILLS = 20
+_BEHIND = 0.01  # seconds after which a job is surely submitted, so that one that is submitted then comes behind it
 SMALL = 1 << 20  # bytes of a vector for which a second stage costs more than it saves
 
 
@@ -55,8 +57,13 @@ class Ground:
 
 
 class Route(Protocol):
-    def round(self, order: Order, weights: Tensor, buffers: Tensor) -> tuple[list[Side], list[Update], int]:
-        """The sides in rank order, the combined update of each cut of the order, and the bytes sent."""
+    def round(
+        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
+    ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
+        """The sides in rank order, the combined update of each cut of the order, and the bytes sent.
+
+        then  the order of the next round, where it is known to be that
+        """
         ...
 
     def close(self) -> None: ...
@@ -73,6 +80,8 @@ def _settled(run: Callable[[], list[wire.Frame]], ground: Ground, round: int) ->
         blind = [f for f in frames if f.kind == wire.BLIND]
         if blind:
             raise Blind(blind[0].json())
+        if any(f.kind == wire.EARLY for f in frames):
+            continue
         missing = sorted({f.rank for f in frames if f.kind == wire.MISS})
         if not missing:
             return frames
@@ -95,7 +104,9 @@ class ShuffleRoute:
         found = ground.recipe.blueprint.layout
         self.gradient = torch.zeros(found.n, dtype=found.dtype)
 
-    def round(self, order: Order, weights: Tensor, buffers: Tensor) -> tuple[list[Side], list[Update], int]:
+    def round(
+        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
+    ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
         ground = self.ground
         state = ground.sc.broadcast((_bytes(weights), _bytes(buffers)))
         try:
@@ -147,7 +158,9 @@ class ExchangeRoute:
         self.ground, self.exchanger, self.owners = ground, exchanger, owners
         self.zeros = torch.zeros(ground.recipe.blueprint.layout.n)
 
-    def round(self, order: Order, weights: Tensor, buffers: Tensor) -> tuple[list[Side], list[Update], int]:
+    def round(
+        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
+    ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
         ground = self.ground
         comm = _Driver(ground, order, self.owners, (_bytes(weights), _bytes(buffers), packed(self.exchanger.shared())))
         turn = Turn(order.round, mix(ground.recipe.seed, 3, order.round), 0.0)
@@ -206,27 +219,42 @@ class _Driver:
         return total
 
 
+@dataclass(frozen=True)
+class _Submitted:
+    number: int
+    order: Order
+    job: Future[list[bytes]]
+
+
 class MemoryRoute:
     """On one machine: weights and gradients stay where they are written, and are mapped by those who read them.
 
     A worker writes to its own memory only, and only while the driver waits for it. The driver writes the weights only
     between rounds. A task that Spark has given up may read or write too late, but into memory whose content nobody takes.
 
+    The job of the next round is submitted while this one runs, so that what Spark does before a task is not waited for: its tasks
+    take the slots that become free, and wait there until the stamp on the driver's memory is the number of their job. Only where
+    all workers have a slot at the same time, and jobs get slots in the order in which they were submitted.
+
     Cost: nothing is copied between processes; the sum reads p vectors of n values, once.
     """
 
-    def __init__(self, ground: Ground, window: Window) -> None:
+    def __init__(self, ground: Ground, window: Window, ahead: bool) -> None:
         self.ground, self.window = ground, window
         found = ground.recipe.blueprint.layout
         self.weights, self.buffers = state_in(window, found.n, found.m, found.dtype)
-        self._job = repeated(ground.tokens, looker_of(ground.static, ground.shipped, window.address, ground.order))
         self._seen: dict[str, Look] = {}
+        self._submitters = Submitters(repeated(ground.tokens, looker_of(ground.static, ground.shipped, window.address, ground.order)))
+        self._number, self._foresees = 0, ahead  # whether the order of the next round has been known so far
+        self._next: _Submitted | None = None  # ahead
 
-    def round(self, order: Order, weights: Tensor, buffers: Tensor) -> tuple[list[Side], list[Update], int]:
+    def round(
+        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
+    ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
         assert weights.data_ptr() == self.weights.data_ptr()
         self.buffers.copy_(buffers)
         for _ in range(_REFILLS):
-            frames = _settled(lambda: [wire.loads(x) for x in self._job(order.dumps())], self.ground, order.round)
+            frames = _settled(lambda: [wire.loads(x) for x in self._run(order, then)], self.ground, order.round)
             found = self._updates(frames, order.round)
             if found is not None:
                 break
@@ -237,6 +265,24 @@ class MemoryRoute:
             combine([replace(update, vector=update.vector[start:stop]) for update in found]) for start, stop in order.cuts
         ]
         return _sides(frames), updates, 0
+
+    def _run(self, order: Order, then: Order | None) -> list[bytes]:
+        """The job of this round, which may be under way already; that of the next one is then submitted behind it."""
+        ahead, self._next = self._next, None
+        if ahead is None or ahead.order != order:
+            # what is under way for nothing ends when it sees the number of another
+            self._foresees = self._foresees and ahead is None
+            ahead = self._submit(order)
+            self.window.mark(ahead.number)
+            wait([ahead.job], _BEHIND if self._foresees else 0.0)
+        self.window.mark(ahead.number)
+        if then is not None and self._foresees and not ahead.job.done():
+            self._next = self._submit(then)
+        return ahead.job.result()
+
+    def _submit(self, order: Order) -> _Submitted:
+        self._number += 1
+        return _Submitted(self._number, order, self._submitters(f"{self._number} {order.dumps()}"))
 
     def _updates(self, frames: list[wire.Frame], round: int) -> list[Update] | None:
         """The workers' updates in rank order; None where the memory of one is gone."""
@@ -253,7 +299,9 @@ class MemoryRoute:
         return made
 
     def close(self) -> None:
+        self.window.mark(CLOSED)  # ends the wait of a task that was started ahead
         self.window.close()
+        self._submitters.close()
 
 
 def _bytes(x: Tensor) -> bytes:

@@ -50,7 +50,7 @@ from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
 from bigdl_lite.engine.routes import SMALL, Blind, ExchangeRoute, Ground, MemoryRoute, Route, ShuffleRoute, window_for
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import is_classic, jobs, on_this_machine, slots
+from bigdl_lite.engine.spark import in_order, is_classic, jobs, on_this_machine, slots
 from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
 from bigdl_lite.engine.worker import versions
 from bigdl_lite.errors import RecipeError, blamed, revive
@@ -138,7 +138,8 @@ class _Rounds:
         self.buffers = start.buffers
         self.history = History(recipe.log_interval, observer)
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
-        self.owners = max(1, min(recipe.num_workers, slots(frame.sparkSession)))
+        self.free = slots(frame.sparkSession)
+        self.owners = max(1, min(recipe.num_workers, self.free))
         exchange = recipe.round.exchange
         k = 1 if self.weights.nbytes < SMALL or exchange is not None else self.owners
         method = recipe.round.advance
@@ -175,18 +176,26 @@ class _Rounds:
             if self.exchanger is not None:
                 route = ExchangeRoute(ground, self.exchanger, self.owners)
             else:
-                route = MemoryRoute(ground, self.window) if self.window is not None and sees else ShuffleRoute(ground)
+                if self.window is not None and sees:
+                    route = MemoryRoute(ground, self.window, self.recipe.num_workers <= self.free and in_order(self.sc))
+                else:
+                    route = ShuffleRoute(ground)
             step, first_epoch, begun = self.start.now
             for epoch in range(first_epoch, self.recipe.epochs):
                 past = begun if epoch == first_epoch else 0
                 each = rounds(len(plan), self.recipe.round.local.batches(epoch))
-                for at, (a, b) in enumerate(each[past:], past + 1):
-                    batches = tuple(map(tuple, plan[a:b].T.tolist()))
+
+                def ordered(at: int, step: int, epoch: int = epoch, each: list[tuple[int, int]] = each) -> Order:
+                    a, b = each[at]
+                    batches, first = tuple(map(tuple, plan[a:b].T.tolist())), tuple(begins[a].tolist())
                     rates = tuple(self.advancers[0].rates())
-                    first = tuple(begins[a].tolist())
-                    order = replace(base, round=step, epoch=epoch, first=first, batches=batches, rates=rates)
+                    return replace(base, round=step, epoch=epoch, first=first, batches=batches, rates=rates)
+
+                for at in range(past + 1, len(each) + 1):
+                    order = ordered(at - 1, step)
+                    then = ordered(at, step + 1) if at < len(each) else None  # if the rates stay what they are
                     try:
-                        self._round(route, order)
+                        self._round(route, order, then)
                     except Blind as why:
                         _LOG.warning("shuffle: from round %d on values travel through Spark, because %s", step, why)
                         _check_size(self.sc, self.weights)
@@ -202,6 +211,8 @@ class _Rounds:
                                 advancer.end_epoch(mean)
                     self._keep(Position(step, epoch + last, 0 if last else at), counts, found)
         finally:
+            if route is not None:
+                route.close()
             if self.window is not None:
                 self.window.close()
             self._clean(tokens)
@@ -232,9 +243,9 @@ class _Rounds:
         found = agree([json.loads(told[i].shapes) for i in workers], self.recipe.columns)
         return tuple(told[i].rows for i in workers), found, all(told[i].sees for i in workers)
 
-    def _round(self, route: Route, order: Order) -> None:
+    def _round(self, route: Route, order: Order, then: Order | None = None) -> None:
         began = time.perf_counter()
-        sides, updates, sent = route.round(order, self.weights, self.buffers)
+        sides, updates, sent = route.round(order, self.weights, self.buffers, then)
         mean = mean_loss(sides, order.round)
         with blamed("the driver, in the optimizer or scheduler"):
             measured = sum(a.measure(u) for a, u in zip(self.advancers, updates, strict=True))

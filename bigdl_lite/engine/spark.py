@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import queue
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from pyspark import RDD, SparkContext, TaskContext
+from pyspark import RDD, InheritableThread, SparkContext, TaskContext
 from pyspark.serializers import NoOpSerializer, pack_long
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -226,6 +229,43 @@ def repeated(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]
             sc.setLocalProperty(_NOTE, None)
 
     return run
+
+
+def in_order(sc: SparkContext) -> bool:
+    """Whether jobs get slots in the order in which they are submitted, and each thread of this program has properties of its own."""
+    return sc.getConf().get("spark.scheduler.mode", "FIFO").upper() == "FIFO" and os.environ.get("PYSPARK_PIN_THREAD", "true") == "true"
+
+
+class Submitters:
+    """Two threads that run jobs, so that one can be submitted while another runs: run(note) as repeated() makes it.
+
+    They have the tags and the description of the thread that makes them.
+    """
+
+    def __init__(self, run: Callable[[str], list[bytes]]) -> None:
+        self._work: queue.SimpleQueue[tuple[str, Future[list[bytes]]] | None] = queue.SimpleQueue()
+        self._threads = [InheritableThread(target=self._serve, args=(run,), name="bigdl_lite-submit", daemon=True) for _ in range(2)]
+        for thread in self._threads:
+            thread.start()
+
+    def __call__(self, note: str) -> Future[list[bytes]]:
+        future: Future[list[bytes]] = Future()
+        self._work.put((note, future))
+        return future
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join(2.0)
+
+    def _serve(self, run: Callable[[str], list[bytes]]) -> None:
+        while (work := self._work.get()) is not None:
+            note, future = work
+            try:
+                future.set_result(run(note))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def note_of_job() -> str:

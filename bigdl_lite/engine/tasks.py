@@ -189,21 +189,25 @@ def _told(error: Exception, rank: int, now: Order) -> wire.Frame:
     return wire.note(wire.ERROR, rank, now.round, report(error, f"worker {rank} (partition {rank})"))
 
 
+CLOSED = -2  # the stamp of the driver's memory when no job will be wanted any more
+
 # ---- the route through memory -----------------------------------------------------------------------------------------
 
 
 def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Callable[[int, Iterable[Any]], Iterator[bytes]]:
     """One round, the driver's weights read and the gradient written where both can see them; what travels is small.
 
-    The task is the same in every round, so Spark gets it once; the order of the round is a note beside the job.
+    The task is the same in every round, so Spark gets it once; the number of the job and the order of the round are a note beside
+    it. A job may be submitted ahead: the driver's memory is stamped with the number of the job whose weights they are.
     """
 
     def task(rank: int, tokens: Iterable[Any]) -> Iterator[bytes]:
         settle()
         list(tokens)  # a worker that leaves input unread is not reused
-        now = base.loads(note_of_job())
+        number, _, order = note_of_job().partition(" ")
+        now = base.loads(order)
         try:
-            for frame in _by_memory(rank, _static(static, now.run), shipped, address, now):
+            for frame in _by_memory(rank, _static(static, now.run), shipped, address, now, int(number)):
                 yield frame.dumps()
         except Exception as error:
             yield _told(error, rank, now).dumps()
@@ -211,10 +215,13 @@ def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Calla
     return task
 
 
-def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: Order) -> Iterator[wire.Frame]:
+def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: Order, number: int) -> Iterator[wire.Frame]:
     source: Look | None = _cached(now.run, "source", lambda: look(address))
     if source is None:
         yield wire.note(wire.BLIND, rank, now.round, "the driver's memory cannot be seen")
+        return
+    if not _in_time(source, number):  # and nothing of this worker's was touched: the driver may still read it
+        yield wire.note(wire.EARLY, rank, now.round, None)
         return
     found = recipe.blueprint.layout
     replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
@@ -233,6 +240,19 @@ def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: O
         window.mark(now.round)
         placed = {"address": window.address, "weight": update.weight}
         yield wire.note(wire.PLACED, rank, now.round, placed)
+
+
+_AHEAD = 1.0  # seconds that a task which was started ahead of its round waits for the weights
+
+
+def _in_time(source: Look, number: int) -> bool:
+    """Whether it is the turn of the job with this number, perhaps after a while. False where the driver has given it up."""
+    until = time.monotonic() + _AHEAD
+    while (stamp := source.stamp) != number:
+        if stamp > number or stamp == CLOSED or time.monotonic() > until:
+            return False
+        time.sleep(2e-4)
+    return True
 
 
 def state_in(memory: Look, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from bigdl_lite.errors import WireError
 
-PIECE, SIDE, ERROR, MISS, COMBINED, PLACED, BLIND = 1, 2, 3, 4, 5, 6, 7
-_KINDS = {PIECE, SIDE, ERROR, MISS, COMBINED, PLACED, BLIND}
+PIECE, SIDE, ERROR, MISS, COMBINED, PLACED, BLIND, EARLY = 1, 2, 3, 4, 5, 6, 7, 8
+_KINDS = {PIECE, SIDE, ERROR, MISS, COMBINED, PLACED, BLIND, EARLY}
 _MAGIC = b"BdL1"
 _HEADER = struct.Struct("<4sBBiiqdqq")
 HEADER_BYTES = _HEADER.size

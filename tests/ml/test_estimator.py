@@ -95,7 +95,7 @@ def test_history_has_a_line_for_each_step_and_each_epoch(df):
     assert [line["step"] for line in steps] == [0, 2, 4, 6, 8, 10]
     epochs = [line for line in history if "step" not in line]
     assert [line["rows"] for line in epochs] == [120] * 4 and epochs[-1]["loss"] < epochs[0]["loss"]
-    keys = {"step", "epoch", "loss", "rows", "lr", "seconds", "compute_s", "sync_s", "data_s", "sync_ratio", "bytes_sent"}
+    keys = {"step", "epoch", "loss", "rows", "weight", "lr", "seconds", "compute_s", "sync_s", "data_s", "sync_ratio", "bytes_sent"}
     assert all(set(line) == keys for line in steps)
     assert all(line["seconds"] >= line["compute_s"] for line in steps)
 
