@@ -34,7 +34,7 @@ from bigdl_lite.model.replica import Replica
 class Averaging:
     """The peer that takes means beside its steps.
 
-    interval  seconds between two of them, at least
+    interval  seconds between two of them, at least; at most a quarter of the deadline, within which all must come to each
     warmup    first steps in which gradients are summed, synchronously, so that all begin together
 
     Cost  a round: 8 (p - 1) / p n bytes of each worker, 4 n bytes of memory twice.
@@ -60,34 +60,40 @@ class Averaging:
 
 class _Averaging:
     def __init__(self, how: Averaging, here: Here) -> None:
-        self.how, self.comm, self.deadline = how, here.comm, here.deadline
+        self.how, self.comm, self.weighs = how, here.comm, here.weighs
+        self.interval = min(how.interval, here.deadline / 4)
         self.weights = here.replica.weights
         self.advancer: DurableAdvancer = here.advance.start(here.replica, (0, len(self.weights)))
         self._round: Beside[Tensor] | None = None
         self._snapshot = torch.empty(0)
         self._next = time.monotonic()
-        self.rounds = 0
+        self.rounds, self._step = 0, here.first  # rounds since the last report
 
     def begin(self, now: Moment) -> None:
         pass
 
     def step(self, update: Update, now: Moment) -> int:
-        update = now.scaled(update, self.comm.rank)
-        if now.step < self.how.warmup:
-            mean = self.comm.all_reduce((update.vector / self.comm.size).cpu())
-            update = Update(mean.to(self.weights.device), 1.0)
+        update = now.scaled(update, self.comm.rank) if now.step >= self.how.warmup else self._summed(update, sum(now.rows) or 1)
+        self._step = now.step
         self.advancer.step(update, self.advancer.measure(update))
         if now.step >= self.how.warmup:
             if self._round is not None and self._round.done:
                 self._take()
             if self._round is None and time.monotonic() >= self._next:
-                self._begin(now.step, there=False)
+                self._begin(there=False)
         return now.step + 1
 
-    def _begin(self, step: int, there: bool) -> None:
+    def _summed(self, update: Update, rows: int) -> Update:
+        mean = self.comm.all_reduce((update.vector / rows).cpu())
+        weight = 1.0
+        if self.weighs:
+            weight = float(self.comm.all_reduce(torch.tensor([update.weight / rows], dtype=torch.float64)))
+        return Update(mean.to(self.weights.device), weight)
+
+    def _begin(self, there: bool) -> None:
         """A round; there: whether this worker has come to the report and only waits for the others."""
         self._snapshot = self.weights.detach().cpu().clone()
-        require_finite(self._snapshot, "model", self.comm.rank, step)
+        require_finite(self._snapshot, "model", self.comm.rank, self._step)
         told = torch.cat([self._snapshot / self.comm.size, torch.tensor([float(there)], dtype=self._snapshot.dtype)])
         self._round = Beside(self.comm.all_reduce, told)
 
@@ -102,17 +108,17 @@ class _Averaging:
             else:
                 self.weights.add_(mean.sub_(self._snapshot).to(self.weights.device))
         self.rounds += 1
-        self._next = time.monotonic() + self.how.interval
+        self._next = time.monotonic() + self.interval
         return there == self.comm.size
 
     def settle(self) -> dict[str, Any]:
-        before = self.rounds
         if self._round is not None:
             self._take()
         while True:
-            self._begin(-1, there=True)
+            self._begin(there=True)
             if self._take():
-                return {"averages": self.rounds - before}
+                found, self.rounds = self.rounds, 0
+                return {"averages": found}
 
     def finish(self) -> None:
         pass

@@ -42,6 +42,7 @@ class Within:
     parts: int = 4
     local: Local = _GRADIENT
     moves: ClassVar[bool] = False
+    drops: ClassVar[bool] = True  # rows, so that an update weighs less than its rows
 
     def __post_init__(self) -> None:
         if not self.seconds > 0 or self.parts < 1:

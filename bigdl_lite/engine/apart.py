@@ -69,7 +69,7 @@ class _Fit:
         self.step, *_ = start.now
         self.mean = start.weights.detach().clone().to(self.weights.device)  # of the last report
         comm = meeting.rail or Room(Table(1), 0)
-        weighs = float(self.replica.weight(share)) != share.rows
+        weighs = self.replica.weighs(share) or getattr(recipe.round.local, "drops", False)
         weighs = any(float(x) for x in _gathered(self.all, torch.tensor([float(weighs)], dtype=torch.float64), [1] * self.all.size))
         here = Here(
             recipe.blueprint, self.replica, recipe.round.advance, comm, inline, meeting.reach, weighs, self.step, self.steps,

@@ -102,10 +102,11 @@ class Recipe:
                 f"with {type(self.round.peer).__name__} each worker has weights of its own, and hierarchical=True makes those of one "
                 "machine one: leave out one of them"
             )
-        if self.round.peer is not None and any(isinstance(m, SyncBatchNorm) for m in self.blueprint.skeleton.modules()):
+        alone = self.round.local if getattr(self.round.local, "drops", False) else self.round.peer
+        if alone is not None and any(isinstance(m, SyncBatchNorm) for m in self.blueprint.skeleton.modules()):
             raise RecipeError(
-                f"syncBatchNorm=True makes all workers meet inside forward, and with {type(self.round.peer).__name__} they do not: "
-                "leave it out, or take GroupNorm, which needs no other rows"
+                f"syncBatchNorm=True makes all workers meet inside forward, and with {type(alone).__name__} they do not: leave it out, "
+                "or take GroupNorm, which needs no other rows"
             )
         if not self.recovery >= 0:
             raise RecipeError(f"recoveryInterval is {self.recovery} s, must be at least 0")

@@ -9,9 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,57 +22,17 @@ from bigdl_lite.batch import Batch, mix, order
 from bigdl_lite.comm.window import Look, Window, look
 from bigdl_lite.data.arrow import shapes, share
 from bigdl_lite.data.store import load, save
+from bigdl_lite.engine.cache import cached, folder, forget, recipe_of
 from bigdl_lite.engine.order import Order
-from bigdl_lite.engine.pack import foreign, unpack
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import from_bytes, message, unpacked
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
-from bigdl_lite.engine.worker import local_dir, require_versions, settle
-from bigdl_lite.errors import DataError, report, revive
+from bigdl_lite.engine.worker import require_versions, settle
+from bigdl_lite.errors import DataError, report
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, Raw, decoded, encoded, on_bytes
-
-# ---- what can be rebuilt ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Kept:
-    """What this process keeps of one run: its share, replica, windows."""
-
-    used: float = 0.0
-    values: dict[object, Any] = field(default_factory=dict)
-
-
-_CACHE: dict[str, _Kept] = {}
-_IDLE = 60.0  # seconds after which a run that this process has not served is forgotten
-
-
-def _cached(run: str, key: object, make: Callable[[], Any]) -> Any:
-    now = time.monotonic()
-    for other in [name for name, kept in _CACHE.items() if name != run and now - kept.used > _IDLE]:
-        del _CACHE[other]
-    kept = _CACHE.setdefault(run, _Kept())
-    kept.used = now
-    if key not in kept.values:
-        made = make()
-        if made is None:
-            return None
-        kept.values[key] = made
-    return kept.values[key]
-
-
-def _static(broadcast: Any, run: str) -> Recipe:
-    try:
-        return _cached(run, "recipe", lambda: unpack(broadcast.value))  # once in a process, not once a task
-    except Exception as error:
-        raise revive(foreign(error)) from error
-
-
-def _folder(run: str) -> Path:
-    return Path(local_dir()) / f"bigdl_lite-{run}"
-
 
 # ---- shares -----------------------------------------------------------------------------------------------------------
 
@@ -99,9 +57,9 @@ def decoder_of(
         told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None, "sees": sees}
         try:
             require_versions(versions)
-            found = share(batches, _static(static, run).columns, partition)
+            found = share(batches, recipe_of(static, run).columns, partition)
             if found is not None:
-                save(_folder(run), str(partition), found)
+                save(folder(run), str(partition), found)
                 told |= {"rows": found.rows, "shapes": json.dumps(shapes(found))}
         except Exception as error:
             told["error"] = json.dumps(report(error, f"partition {partition}"))
@@ -113,8 +71,8 @@ def decoder_of(
 def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
     def task(tokens: Iterable[Any]) -> None:
         list(tokens)
-        _CACHE.pop(run, None)
-        shutil.rmtree(_folder(run), ignore_errors=True)
+        forget(run)
+        shutil.rmtree(folder(run), ignore_errors=True)
 
     return task
 
@@ -124,7 +82,7 @@ def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
 
 def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
     """This rank's batches of the round; None where its share is not on this executor."""
-    rows = _cached(now.run, rank, lambda: load(_folder(now.run), str(rank)))
+    rows = cached(now.run, rank, lambda: load(folder(now.run), str(rank)))
     if rows is None:
         return None
     if rows.rows != now.counts[rank]:
@@ -132,7 +90,7 @@ def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
             f"partition {rank} had {now.counts[rank]} rows when training began and {rows.rows} when it was computed again; "
             "make the DataFrame deterministic (no unseeded rand or limit), or cache it"
         )
-    dealt = _cached(now.run, ("deal", rank), dict)  # of one epoch, by its number
+    dealt = cached(now.run, ("deal", rank), dict)  # of one epoch, by its number
     if now.epoch not in dealt:
         dealt.clear()
         dealt[now.epoch] = order(rows.rows, recipe.seed, now.epoch, rank)
@@ -207,7 +165,7 @@ def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Calla
         number, _, order = note_of_job().partition(" ")
         now = base.loads(order)
         try:
-            for frame in _by_memory(rank, _static(static, now.run), shipped, address, now, int(number)):
+            for frame in _by_memory(rank, recipe_of(static, now.run), shipped, address, now, int(number)):
                 yield frame.dumps()
         except Exception as error:
             yield _told(error, rank, now).dumps()
@@ -216,7 +174,7 @@ def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Calla
 
 
 def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: Order, number: int) -> Iterator[wire.Frame]:
-    source: Look | None = _cached(now.run, "source", lambda: look(address))
+    source: Look | None = cached(now.run, "source", lambda: look(address))
     if source is None:
         yield wire.note(wire.BLIND, rank, now.round, "the driver's memory cannot be seen")
         return
@@ -224,9 +182,9 @@ def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: O
         yield wire.note(wire.EARLY, rank, now.round, None)
         return
     found = recipe.blueprint.layout
-    replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
+    replica = cached(now.run, "replica", lambda: _replica(recipe, shipped))
     try:
-        window: Window = _cached(now.run, ("window", rank), lambda: Window(found.n * found.dtype.itemsize))
+        window: Window = cached(now.run, ("window", rank), lambda: Window(found.n * found.dtype.itemsize))
     except (OSError, MemoryError) as error:
         yield wire.note(wire.BLIND, rank, now.round, f"no memory for {found.n * found.dtype.itemsize} bytes of updates: {error}")
         return
@@ -272,7 +230,7 @@ def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable
         settle()
         list(tokens)
         try:
-            yield from _by_value(rank, _static(static, now.run), shipped, state, now)
+            yield from _by_value(rank, recipe_of(static, now.run), shipped, state, now)
         except Exception as error:
             yield 0, _told(error, rank, now).dumps()
 
@@ -281,9 +239,9 @@ def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable
 
 def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Order) -> Keyed:
     found = recipe.blueprint.layout
-    replica = _cached(now.run, "replica", lambda: _replica(recipe, shipped))
+    replica = cached(now.run, "replica", lambda: _replica(recipe, shipped))
     key = "gradient" if now.ask is None else ("gradient", rank)
-    gradient = lambda: _cached(now.run, key, lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
+    gradient = lambda: cached(now.run, key, lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
 
     def received() -> tuple[Tensor, Tensor]:
         weights, buffers, *_ = state.value
@@ -293,7 +251,7 @@ def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Orde
         update, side = _work(rank, recipe, replica, received, gradient, now)
         vector = None if update is None else update.vector
     else:
-        kept = _cached(now.run, ("update", rank), dict)  # of one round, so that its later jobs need not compute again
+        kept = cached(now.run, ("update", rank), dict)  # of one round, so that its later jobs need not compute again
         if now.round not in kept:
             kept.clear()
             kept[now.round] = _work(rank, recipe, replica, received, gradient, now)
@@ -326,7 +284,7 @@ def _message(rank: int, recipe: Recipe, update: Update, state: Any, now: Order) 
 def combiner_of(static: Any, now: Order) -> Callable[[int, Iterable[bytes]], Iterator[bytes]]:
     def task(owner: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
         settle()
-        yield from combined(owner, pieces, _static(static, now.run), now)
+        yield from combined(owner, pieces, recipe_of(static, now.run), now)
 
     return task
 

@@ -123,6 +123,13 @@ class Replica:
         # a label with more dimensions is one row in the mean for each of its values
         return float(counts.sum())
 
+    def weighs(self, share: Batch) -> bool:
+        """Whether weight() may be something else than the number of rows for some batch of this share."""
+        rule, target = self.loss, share.target
+        if not isinstance(rule, _CLASS_INDEX) or target is None or target.is_floating_point():
+            return False
+        return rule.weight is not None or target.ndim > 1 or self.weight(share) != share.rows
+
     def _check(self, output: Any, batch: Batch) -> None:
         target = batch.target
         for x in _tensors(output):

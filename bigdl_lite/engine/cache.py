@@ -1,0 +1,55 @@
+"""What a worker process keeps of a run between its tasks. A cache: any of it can be rebuilt, in any process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigdl_lite.engine.pack import foreign, unpack
+from bigdl_lite.engine.recipe import Recipe
+from bigdl_lite.engine.worker import local_dir
+from bigdl_lite.errors import revive
+
+
+@dataclass
+class _Kept:
+    """What this process keeps of one run: its share, replica, windows."""
+
+    used: float = 0.0
+    values: dict[object, Any] = field(default_factory=dict)
+
+
+_CACHE: dict[str, _Kept] = {}
+_IDLE = 60.0  # seconds after which a run that this process has not served is forgotten
+
+
+def cached(run: str, key: object, make: Callable[[], Any]) -> Any:
+    now = time.monotonic()
+    for other in [name for name, kept in _CACHE.items() if name != run and now - kept.used > _IDLE]:
+        del _CACHE[other]
+    kept = _CACHE.setdefault(run, _Kept())
+    kept.used = now
+    if key not in kept.values:
+        made = make()
+        if made is None:
+            return None
+        kept.values[key] = made
+    return kept.values[key]
+
+
+def recipe_of(broadcast: Any, run: str) -> Recipe:
+    try:
+        return cached(run, "recipe", lambda: unpack(broadcast.value))  # once in a process, not once a task
+    except Exception as error:
+        raise revive(foreign(error)) from error
+
+
+def folder(run: str) -> Path:
+    return Path(local_dir()) / f"bigdl_lite-{run}"
+
+
+def forget(run: str) -> None:
+    _CACHE.pop(run, None)
