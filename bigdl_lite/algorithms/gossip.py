@@ -51,7 +51,7 @@ class Mixer(Protocol):
 
 
 class Mix(Protocol):
-    static: bool  # whether W must be the same in every step
+    static: ClassVar[bool]  # whether W must be the same in every step
 
     def start(self, x: Tensor, w: np.ndarray, comm: Collectives) -> Mixer:
         """x [n]: where all workers begin, the same on all."""
@@ -307,7 +307,7 @@ class _Ready:
 
 
 def matcha_plan(topology: Topology = "exponential", budget: float = 0.5, seed: int = 0) -> Plan:
-    """The plan in which each edge of a graph is used in some steps only: `budget` of all of them, on average.
+    """The plan in which each matching of a graph's edges is used in some steps only: `budget` of all of them, on average.
 
     Source: Wang et al., "MATCHA: Speeding Up Decentralized SGD via Matching Decomposition Sampling", 2019.
     """

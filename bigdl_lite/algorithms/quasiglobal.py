@@ -49,9 +49,12 @@ class QuasiGlobalSGD(_Settled):
         mu: float | None = None,
     ) -> None:  # fmt: skip
         mu = momentum if mu is None else mu
-        if not 0 <= momentum < 1 or not 0 <= mu < 1:
-            raise RecipeError(f"quasi-global momentum with momentum={momentum} and mu={mu}: both must be in [0, 1)")
         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "mu": mu})
+        for group in self.param_groups:
+            if not 0 <= group["momentum"] < 1 or not 0 <= group["mu"] < 1:
+                raise RecipeError(
+                    f"quasi-global momentum with momentum={group['momentum']} and mu={group['mu']}: both must be in [0, 1)"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

@@ -3,7 +3,7 @@
     Row      one system on one workload: a value for each repetition
     Claim    a ratio of two rows' medians, and the bound that it is to keep
     write    bench.json, bench.md, phases.png (where the time of a round goes), growth.png (time of a round against size),
-             network.png (methods against networks)
+             network.png (methods against networks), backups.png (seconds to a loss against the number of backup workers)
 """
 
 from __future__ import annotations
@@ -154,6 +154,9 @@ def write(folder: Path, rows: Sequence[Row], claims: Sequence[Claim]) -> None:
     linked = [row for row in rows if row.benchmark == "network"]
     if linked:
         _draw_networks(folder / "network.png", linked)
+    backed = [row for row in rows if row.benchmark == "stragglers"]
+    if backed:
+        _draw_backups(folder / "backups.png", backed)
 
 
 def encode(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
@@ -280,5 +283,27 @@ def _draw_networks(path: Path, rows: Sequence[Row]) -> None:
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("seconds to the loss, DDP's divided by the method's (bold: the best on this network)", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_backups(path: Path, rows: Sequence[Row]) -> None:
+    """Seconds to the loss against the number of backup workers; as lines across, those of the methods that have none."""
+    plt = _plot()
+    points = [(int(row.system.split()[0]), row.median) for row in rows if row.system.endswith(" backups")]
+    others = [row for row in rows if not row.system.endswith(" backups") and math.isfinite(row.median)]
+    figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    xs, ys = zip(*points, strict=True)
+    ax.plot(xs, ys, "o-", color="#4c72b0", linewidth=1.8)
+    for x, y in points:
+        ax.annotate(number(y), (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    for row, colour in zip(others, _OTHERS, strict=False):
+        ax.axhline(row.median, color=colour, linestyle="--", linewidth=1.2, label=f"{row.system}: {number(row.median)} s")
+    ax.set_xticks(xs)
+    ax.set_ylim(0, 1.15 * max(*ys, *(row.median for row in others)))
+    ax.set_xlabel(f"backup workers, of {rows[0].workload}")
+    ax.set_ylabel("seconds to the loss")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -81,6 +81,11 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
     fit(context, path, backup_workers(0), RATE)  # what starts with the first fit is not measured
     for b in BACKUPS:
         measure(f"{b} backups", backup_workers(b), RATE * (WORKERS - b) / WORKERS)
+    # as many rows as the synchronous run, fewer in each of more steps: what is dropped is made up for
+    b = int(min(rows, key=lambda row: row.median if not row.system.startswith("0 ") else math.inf).system.split()[0])
+    longer = network.write(context.folder, STEPS * WORKERS // (WORKERS - b) * BATCH // network.BATCH)
+    if not context.quick:
+        rows.append(_row(f"{b} backups, as many rows", [fit(context, longer, backup_workers(b), RATE * (WORKERS - b) / WORKERS)], RATE))
     for system, algorithm in _rest().items():
         before = len(rows)
         for rate in RATES[:1] if context.quick else RATES:
@@ -108,10 +113,11 @@ def claims(rows: list[Row]) -> list[Claim]:
     all_of = by["0 backups"]
     backed = [by[f"{b} backups"] for b in BACKUPS if b and f"{b} backups" in by]
     best = min(backed, key=lambda row: row.median)
+    end = by.get(f"{best.system}, as many rows", best)
     inner = best.system not in (backed[0].system if len(backed) == 1 else "", f"{BACKUPS[-1]} backups")
     found = [
         Claim("stragglers", f"seconds to the loss, synchronous against {best.system}", all_of.median / best.median, 1.0),
-        Claim("stragglers", "points of right answers, the best number of backups less synchronous", right(best) - right(all_of), -0.3),
+        Claim("stragglers", f"points of right answers, {end.system} less synchronous", right(end) - right(all_of), 0.0),
         Claim("stragglers", f"the best number of backups is neither none nor the most ({best.system}; 1: yes)", float(inner), 1.0),
     ]
     if "asynchronous" in by:

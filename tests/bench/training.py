@@ -25,8 +25,8 @@ from tests.bench.naive import naive
 from tests.bench.report import Claim, Context, Row
 from tests.bench.workloads import W1, W2, W3, Workload
 
-WARM = {"W1": 60, "W2": 20, "W3": 5}  # a second or so, in which the JVM still compiles what it read the rows with
-STEPS = {"W1": 160, "W2": 60, "W3": 15}
+WARM = {"W1": 300, "W2": 20, "W3": 5}  # in which the JVM still compiles what it runs
+STEPS = {"W1": 500, "W2": 60, "W3": 15}
 BIGDL = {"W1": 3_196.0, "W2": 39_000.0}  # rows a second
 AGAINST_DDP = {"W1": 1.0, "W2": 1.2, "W3": 2.0}
 
