@@ -291,7 +291,7 @@ def _draw_backups(path: Path, rows: Sequence[Row]) -> None:
     """Seconds to the loss against the number of backup workers; as lines across, those of the methods that have none."""
     plt = _plot()
     points = [(int(row.system.split()[0]), row.median) for row in rows if row.system.endswith(" backups")]
-    others = [row for row in rows if not row.system.endswith(" backups") and math.isfinite(row.median)]
+    others = [row for row in rows if " backups" not in row.system and math.isfinite(row.median)]
     figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     xs, ys = zip(*points, strict=True)
     ax.plot(xs, ys, "o-", color="#4c72b0", linewidth=1.8)
