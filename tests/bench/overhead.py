@@ -2,6 +2,7 @@
 
     fixed    a tiny model: the seconds of a round without its compute, beside an empty Spark job of the same two stages,
              map over 2 cached partitions -> partitionBy(2) -> mapPartitions -> collect, in the same session, in turn
+    schedule an empty job of one stage and N = 1 .. 8 tasks: a + c N, by non-negative least squares
     share    7 million parameters and about one second of compute a round: how much of a round is the exchange
 
 Seconds are those of the history: what the driver saw of a round, and the slowest worker's forward and backward.
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -78,6 +80,25 @@ def empty(spark: Any, rounds: int) -> list[float]:
     return seconds
 
 
+def scheduled(spark: Any, rounds: int) -> tuple[list[Row], Claim]:
+    """What Spark takes to run N tasks that do nothing: t(N) = a + c N, a and c not below 0, and how far the worst N is from it."""
+    from scipy.optimize import nnls
+
+    found: dict[int, list[float]] = {tasks: [] for tasks in range(1, 9)}
+    rdds = {tasks: spark.sparkContext.parallelize(range(tasks), tasks).mapPartitions(values) for tasks in found}
+    for _ in range(rounds):
+        for tasks, rdd in rdds.items():
+            began = time.perf_counter()
+            rdd.collect()
+            found[tasks].append(time.perf_counter() - began)
+    middles = {tasks: statistics.median(seconds[WARM:]) for tasks, seconds in found.items()}
+    (a, c), _ = nnls(np.array([[1.0, tasks] for tasks in middles]), np.array(list(middles.values())))
+    worst = max(abs(a + c * tasks - seconds) / seconds for tasks, seconds in middles.items())
+    note = f"fit: {1e3 * a:.1f} ms and {1e3 * c:.1f} ms a task, on 2 slots"
+    rows = [Row("overhead", f"empty, {tasks} tasks", "a job of one stage", "s", (s,), {}, note) for tasks, s in middles.items()]
+    return rows, Claim("overhead", "scheduling as a + c N: the largest error of 1 to 8 tasks", worst, 0.25, "<=")
+
+
 def run(context: Context) -> tuple[list[Row], list[Claim]]:
     spark = context.session()
     fit(spark, tiny, 64, WARM)
@@ -95,6 +116,9 @@ def run(context: Context) -> tuple[list[Row], list[Claim]]:
         Row("overhead", "tiny, 2 workers", "an empty job of two stages", "s", tuple(bare)),
     ]
     claims = [Claim("overhead", "a round of shuffle without its compute, against an empty job (s)", ratio, 1.3, "<=")]
+    more, claim = scheduled(spark, WARM + (5 if context.quick else 20))
+    rows += more
+    claims.append(claim)
     batch = _batch(spark, 0.2 if context.quick else 1.0)
     heavy = [step for _ in range(context.repeat) for step in fit(spark, Deep, batch, 3 + 2)[2:]]
     middle = {name: statistics.median(step[key] for step in heavy)
