@@ -53,7 +53,7 @@ def no_jobs(spark):
         ({"numWorkers": 0}, RecipeError, "numWorkers is 0"),
         ({"batchSize": "many"}, RecipeError, "batchSize='many'"),
         ({"engine": "warp"}, RecipeError, "engine='warp' is not one of 'auto', 'barrier', 'shuffle', 'local'"),
-        ({"algorithm": "magic"}, RecipeError, "algorithm='magic' is not known; the catalogue has async-average, async-sgd, backup-workers,"),
+        ({"algorithm": "magic"}, RecipeError, "algorithm='magic' is not known; the catalogue has async-average, async-sgd,"),
         ({"engine": "barrier", "numWorkers": 9}, RecipeError, "numWorkers=9 needs 9 tasks .* has 4 slots"),
         ({"clipNorm": -1.0}, RecipeError, "clipNorm is -1.0, must be above 0"),
         ({"schedulerInterval": "day"}, RecipeError, "schedulerInterval is 'day'"),
