@@ -119,6 +119,10 @@ def with_exchange(round_: Round, given: str | Codec | Exchange | None, blueprint
             f"{type(round_.peer).__name__} has no common meeting for the exchange {type(made).__name__}: leave out exchange=; codecs "
             "are given to the algorithm (Difference, Choco)"
         )
+    elif round_.peer is not None and round_.peer.exchange != Coded(Raw()):
+        raise RecipeError(
+            f"the algorithm has {round_.peer.exchange!r} inside already: leave out exchange={given!r}, or give it to the algorithm"
+        )
     elif round_.exchange is not None:
         raise RecipeError(
             f"the algorithm brings its own exchange, {type(round_.exchange).__name__}: leave out exchange={given!r}, or take another "

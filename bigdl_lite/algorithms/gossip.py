@@ -320,11 +320,13 @@ def gossip(
 ) -> Callable[[Advance], Round]:  # fmt: skip
     """The algorithm in which workers average with their neighbours.
 
-    topology  a name ("ring", "torus", "exponential", "complete", "star", "random-regular", "davis", ...), a list of edges, a Graph,
+    topology  a name ("ring", "torus", "exponential", "complete", "star", "random_regular", "davis", ...), a list of edges, a Graph,
               or a function p -> Graph; mixed by Metropolis weights
     mix       Whole() unless given; a codec stands for Difference(codec)
     plan      instead of topology: p -> a schedule (ShiftOne, OnePeerExponential, Matcha)
     """
+    if plan is not None and topology != "ring":
+        raise RecipeError(f"gossip has the topology {topology!r} and a plan, which says itself who meets whom: leave out one of them")
     made: Any = Whole() if mix is None else Difference(mix) if callable(getattr(mix, "encode", None)) else mix
     peer = Gossip(plan or fixed(topology), made, early, each)
 

@@ -55,7 +55,7 @@ class Here:
               threads that take turns
     reach     (store, host): where doors of its own may be opened, and how others find them; None where ranks are threads
     weighs    whether some rank's loss divides by something else than its rows
-    first, last   the first step of this run, and the number of steps of the whole fit
+    first     the first step of this run
     """
 
     blueprint: Blueprint
@@ -66,7 +66,6 @@ class Here:
     reach: Any
     weighs: bool
     first: int
-    last: int
     deadline: float
 
 

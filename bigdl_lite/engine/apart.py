@@ -72,15 +72,14 @@ class _Fit:
         weighs = self.replica.weighs(share) or getattr(recipe.round.local, "drops", False)
         weighs = any(float(x) for x in _gathered(self.all, torch.tensor([float(weighs)], dtype=torch.float64), [1] * self.all.size))
         here = Here(
-            recipe.blueprint, self.replica, recipe.round.advance, comm, inline, meeting.reach, weighs, self.step, self.steps,
-            recipe.deadline,
+            recipe.blueprint, self.replica, recipe.round.advance, comm, inline, meeting.reach, weighs, self.step, recipe.deadline
         )  # fmt: skip
-        self.peering: Peering = self.peer.start(here)
-        self.notes: list[list[float]] = []
-        self.sent, self.together = 0, 0.0
         self.resume = start.resume
         if self.resume:
             self.resume.check(dealt(recipe, counts, start.now))
+        self.peering: Peering = self.peer.start(here)
+        self.notes: list[list[float]] = []
+        self.sent, self.together = 0, 0.0
 
     def run(self) -> Outcome:
         deal, of, until = torch.empty(0, dtype=torch.int64), -1, self._until()

@@ -214,7 +214,7 @@ def test_a_round_costs_what_is_written(p: int) -> None:
 
     def rank(room: Room) -> int:
         replica = Replica(made, weights.clone(), torch.zeros_like(weights), constants, nn.CrossEntropyLoss())
-        peering = Averaging().start(Here(made, replica, TorchOptimizer(PLAIN), room, False, None, False, 0, 1, 60.0))
+        peering = Averaging().start(Here(made, replica, TorchOptimizer(PLAIN), room, False, None, False, 0, 60.0))
         assert peering.settle() == {"averages": 1}, "all come at once"
         return peering.bytes_sent
 
@@ -245,7 +245,7 @@ def test_what_was_done_during_a_round_is_kept() -> None:
     made, weights, _, constants = blueprint(nn.Linear(1, 1, bias=False))
     replica = Replica(made, weights, torch.zeros(1), constants, nn.MSELoss())
     other = Other(20.0)
-    here = Here(made, replica, TorchOptimizer(partial(SGD, lr=1.0)), other, False, None, False, 0, 9, 60.0)  # type: ignore[arg-type]
+    here = Here(made, replica, TorchOptimizer(partial(SGD, lr=1.0)), other, False, None, False, 0, 60.0)  # type: ignore[arg-type]
     peering = _Averaging(Averaging(interval=1000.0), here)
     replica.weights.fill_(11.0)
 

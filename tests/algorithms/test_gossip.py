@@ -108,7 +108,7 @@ class Peers:
 
 
 def here(where: Blueprint, replica: Replica, comm: Any, method: Round, inline: bool) -> Here:
-    return Here(where, replica, method.advance, comm, inline, None, False, 0, 10**6, 60.0)
+    return Here(where, replica, method.advance, comm, inline, None, False, 0, 60.0)
 
 
 def sgd(how: Callable[..., Round], lr: float = 0.1, **settings: Any) -> Round:

@@ -116,7 +116,7 @@ def started(room: Room, module: nn.Module, make: Any, how: Pipelined = LATE, *, 
     made, weights, _, constants = blueprint(module)
     replica = Replica(made, weights.clone(), torch.zeros_like(weights), constants, loss)
     advance = TorchOptimizer(make, **settings)
-    return replica, how.start(Here(made, replica, advance, room, inline, None, weighs, 0, 0, 60.0))
+    return replica, how.start(Here(made, replica, advance, room, inline, None, weighs, 0, 60.0))
 
 
 def walk(room: Room, replica: Replica, peering: Any, batches: Steps) -> Tensor:

@@ -491,7 +491,7 @@ class Ranks:
             store = Store(nodes.HOST, hall.port, False, deadline)
             replica = Replica(made.blueprint, start.weights.clone(), torch.zeros(self.n), start.constants, made.loss)
             comm = SimpleNamespace(rank=rank, size=p)
-            here = Here(made.blueprint, replica, made.round.advance, comm, False, (store, nodes.HOST), False, 0, 99, deadline)
+            here = Here(made.blueprint, replica, made.round.advance, comm, False, (store, nodes.HOST), False, 0, deadline)
             return made.round.peer.start(here)
 
         self.peers = self.all(make)

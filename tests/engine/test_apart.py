@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from bigdl_lite.algorithms import CATALOGUE, Round, TorchOptimizer
+from bigdl_lite.algorithms import CATALOGUE, Round, TorchOptimizer, with_exchange
 from bigdl_lite.algorithms.gossip import Choco, Difference, Whole, gossip
 from bigdl_lite.algorithms.pipe import pipe_sgd
 from bigdl_lite.algorithms.quasiglobal import qg_dsgdm
 from bigdl_lite.comm.block import Block, private
+from bigdl_lite.comm.graph import ShiftOne
 from bigdl_lite.comm.group import Group, Store
 from bigdl_lite.engine.keeper import Keep, Keeper, forget
 from bigdl_lite.engine.meeting import Meeting, Place
@@ -25,6 +26,7 @@ from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Outcome, Recipe, Saving, Start, silent
 from bigdl_lite.errors import CheckpointError, DivergedError, PeerLost, RecipeError
 from bigdl_lite.model.replica import Replica
+from bigdl_lite.wire.codec import BFloat16
 from bigdl_lite.wire.lossy import MinMax8, Sign
 from bigdl_lite.wire.sparse import TopK
 from tests.engine import test_meeting as nodes
@@ -277,6 +279,12 @@ def test_numbers_that_are_none_end_the_fit_with_step_and_rank(name: str) -> None
 def test_what_a_method_cannot_do_is_refused_on_the_driver() -> None:
     with pytest.raises(RecipeError, match="stay the same"):
         recipe(gossip(mix=Difference(MinMax8()), plan=CATALOGUE["shift-one"](TorchOptimizer(PLAIN)).peer.plan), 4)
+    made, _ = nodes.recipe(nodes.net(), 2, PLAIN)
+    with pytest.raises(RecipeError, match="inside already"):
+        with_exchange(pipe_sgd(MinMax8())(TorchOptimizer(PLAIN)), "bf16", made.blueprint)
+    assert with_exchange(pipe_sgd()(TorchOptimizer(PLAIN)), "bf16", made.blueprint).peer.exchange.codec == BFloat16()
+    with pytest.raises(RecipeError, match="and a plan"):
+        gossip("star", plan=ShiftOne)
     with pytest.raises(RecipeError, match="early"):
         gossip("ring", MinMax8(), early=True)
     with pytest.raises(RecipeError, match="32"):
