@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepL
 
 from bigdl_lite.algorithms import Update
 from bigdl_lite.algorithms.parts import TorchOptimizer
+from bigdl_lite.algorithms.shadow import EMA, SWA, Shadow
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.layout import blueprint
 from bigdl_lite.model.replica import Replica
@@ -150,7 +151,7 @@ def state_fits(advancer: Any) -> None:
             assert key == "step" or value.shape == piece.shape, f"{key} {list(value.shape)} for {list(piece.shape)} values"
 
 
-def together(how: TorchOptimizer, grads: list[Tensor], p: int, module: nn.Module | None = None, cuts: Any = None) -> Tensor:
+def together(how: Any, grads: list[Tensor], p: int, module: nn.Module | None = None, cuts: Any = None) -> Tensor:
     """p owners, each with a replica of its own module over the shared weights, as in an engine."""
     made, weights, _, constants = blueprint(module or net())
     owners = [Replica(made, weights, None, constants, nn.MSELoss()) for _ in range(p)]
@@ -193,6 +194,17 @@ def test_a_rule_that_needs_whole_tensors_gets_whole_tensors(name: str, p: int) -
     assert {tuple(piece.shape) for piece in held} == shapes and len(held) == len(list(net().parameters()))
     grads = gradients(replica.layout.n)
     close(together(how, grads, p), alone(make, grads))
+
+
+@pytest.mark.parametrize("p", OWNERS)
+@pytest.mark.parametrize("name", ["adam", "adamw, groups by name", "a class of one's own"])
+def test_a_shadow_advances_as_what_it_is_put_around(name: str, p: int) -> None:
+    how = TorchOptimizer((ELEMENTWISE | WHOLE)[name], SCHEDULERS["StepLR per step"][0], "step", clip_norm=1.0)
+    grads = gradients(replica_of(net()).layout.n)
+    found = together(how, grads, p)
+    for shadow in (Shadow(how, EMA(0.9), best=True), Shadow(how, SWA(start_epoch=1))):
+        assert shadow.cuts(replica_of(net()), p) == how.cuts(replica_of(net()), p) and shadow.measures
+        assert torch.equal(together(shadow, grads, p), found)
 
 
 def test_a_rule_that_needs_whole_tensors_differs_where_it_is_cut_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

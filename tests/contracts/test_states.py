@@ -27,6 +27,7 @@ from torch.optim import lr_scheduler as lr
 
 from bigdl_lite.algorithms import State, Update, durable
 from bigdl_lite.algorithms.parts import TorchOptimizer
+from bigdl_lite.algorithms.shadow import EMA, Shadow
 from bigdl_lite.data.manifest import from_json, pack, to_json
 from bigdl_lite.errors import CheckpointError
 from bigdl_lite.model.layout import blueprint
@@ -157,6 +158,20 @@ def test_a_fit_that_is_resumed_is_the_fit_that_was_not_disturbed(name: str, a: i
     assert torch.equal(expected, undisturbed(how))
     for stop, weights in wherever_it_stops(how, a, b):
         assert torch.equal(weights, expected), f"stopped after {stop}"
+
+
+@pytest.mark.parametrize(("a", "b"), OWNERS)
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw, groups by name", "LARS"])
+def test_a_fit_with_a_shadow_is_resumed_like_one_without(name: str, a: int, b: int) -> None:
+    how = Shadow(TorchOptimizer(RULES[name], SCHEDULERS["one cycle"] if name != "LARS" else None, "step"), EMA(0.9))
+    expected = Owners(how, b).walk(0, STEPS)
+    assert torch.equal(expected.weights, undisturbed(how.advance))
+    for stop in STOPS:
+        before = Owners(how, a).walk(0, stop)
+        after = Owners(how, b, before.weights).put(before.state()).walk(stop, STEPS)
+        assert torch.equal(after.weights, expected.weights), f"stopped after {stop}"
+        assert to_json(after.state().facts) == to_json(expected.state().facts)
+        assert torch.equal(after.state().tensors["shadow/average"], expected.state().tensors["shadow/average"])
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -320,8 +335,16 @@ def test_taking_copies_nothing_and_joining_shares_nothing() -> None:
     assert not torch.equal(owners.state().tensors["optimizer/exp_avg"], moment)
 
 
-def test_joining_needs_no_more_memory_than_the_result() -> None:
-    owners = Owners(TorchOptimizer(Adam), 5).walk(0, 1)
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        (TorchOptimizer(Adam), ("optimizer/exp_avg", "optimizer/exp_avg_sq")),
+        (Shadow(TorchOptimizer(Adam), EMA()), ("optimizer/exp_avg", "optimizer/exp_avg_sq", "shadow/average")),
+    ],
+    ids=["optimizer", "shadow"],
+)
+def test_joining_needs_no_more_memory_than_the_result(how: Any, names: tuple[str, ...]) -> None:
+    owners = Owners(how, 5).walk(0, 1)
     alive: list[Any] = []
 
     def one_by_one() -> Iterator[State]:
@@ -334,10 +357,8 @@ def test_joining_needs_no_more_memory_than_the_result() -> None:
             del tensors
 
     joined = owners.how.join(one_by_one())
-    assert {name: x.shape for name, x in joined.tensors.items()} == dict.fromkeys(
-        ("optimizer/exp_avg", "optimizer/exp_avg_sq"), (len(owners.weights),)
-    )
-    assert sum(x.untyped_storage().nbytes() for x in joined.tensors.values()) == 2 * owners.weights.nbytes
+    assert {name: x.shape for name, x in joined.tensors.items()} == dict.fromkeys(names, (len(owners.weights),))
+    assert sum(x.untyped_storage().nbytes() for x in joined.tensors.values()) == len(names) * owners.weights.nbytes
 
 
 def test_owners_are_joined_in_any_order_and_those_of_nothing_need_not_come() -> None:
