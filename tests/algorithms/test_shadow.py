@@ -395,6 +395,37 @@ def test_a_shadow_goes_around_the_advance_of_other_methods(name: str) -> None:
     assert 1e-5 < (shadow - weights[1]).abs().max() < 0.2
 
 
+class Parts:
+    """Copies of what all ranks gave at each step."""
+
+    wish = False
+
+    def __init__(self) -> None:
+        self.weights: dict[int, Tensor] = {}
+        self.averages: dict[int, list[Tensor]] = {}
+
+    def __call__(self, part: Any) -> None:
+        if not part.rank:
+            self.weights[part.now.step] = part.weights.clone()
+        self.averages.setdefault(part.now.step, []).append(part.own.tensors["exchange/shadow/average"].clone())
+
+
+def test_the_mean_of_the_shadows_of_peers_that_mix_is_the_average_of_their_mean() -> None:
+    x, y = local.data()
+    made, start = local.recipe(local.net(), 3, partial(SGD, lr=0.05), epochs=4, batch_size=10, saving=Saving(1, "step"))
+    round_ = method("d-psgd", Shadow(made.round.advance, EMA(0.8)))
+    peer = round_.peer.prepared(made.blueprint, replica(local.net), round_.advance, 3)
+    parts = Parts()
+    LocalEngine().fit(local.shares(x, y, [17, 12, 8]), replace(made, round=replace(round_, peer=peer)), start, keep=parts)
+    expected = parts.weights[1].clone()
+    for step in range(2, 1 + len(parts.weights)):
+        expected.lerp_(parts.weights[step], 0.2)
+    last = torch.stack(parts.averages[len(parts.weights)])
+    close(last.mean(0), expected)
+    assert len(last) == 3 and (last[0] - last[1]).abs().max() > 1e-3  # negative control: each has its own
+    assert (expected - parts.weights[len(parts.weights)]).abs().max() > 1e-3
+
+
 def test_companions_go_through_a_checkpoint_on_disk_and_a_fit_goes_on_with_them(tmp_path: Any) -> None:
     made = replace(RECIPE, round=replace(RECIPE.round, advance=Shadow(RECIPE.round.advance, EMA(0.7))))
     whole = Keeper(made, Checkpoints(str(tmp_path), "whole", 9))
