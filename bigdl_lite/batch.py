@@ -9,7 +9,7 @@ Both functions below are pure: any worker, and any retry of it, computes the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: tensors [b, ...], one per input column; target: [b, ...], or None where there is no label column."""
+    """inputs: tensors [b, ...], one per input column; target: [b, ...], or None where there is no label column.
+
+    weight: how much each row counts, [b]; None: each counts as one.
+    """
 
     inputs: tuple[Tensor, ...]
     target: Tensor | None
+    weight: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -30,16 +34,20 @@ class Batch:
 
     def take(self, index: Tensor) -> Batch:
         """The rows at index [k] int64, copied."""
-        return Batch(
-            tuple(x.index_select(0, index) for x in self.inputs),
-            None if self.target is None else self.target.index_select(0, index),
-        )
+        return self._each(lambda x: x.index_select(0, index))
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Rows [start, stop), not copied."""
+        return self._each(lambda x: x[start:stop])
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(tuple(map(move, self.inputs)), None if self.target is None else move(self.target))
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        target, weight = (None if x is None else change(x) for x in (self.target, self.weight))
+        return Batch(tuple(map(change, self.inputs)), target, weight)
 
 
 def quotas(counts: Sequence[int], batch_size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ Whatever cannot become a tensor is an error that names column, partition and row
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +17,39 @@ from torch import Tensor
 
 from bigdl_lite.batch import Batch
 from bigdl_lite.data.columns import Column, Columns, Raw, field, numeric
+from bigdl_lite.data.holdout import Holdout, parted
 from bigdl_lite.data.parquet import fetch
 from bigdl_lite.errors import DataError, UserError, report
 
 
 def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -> Batch | None:
-    """All rows of one partition as one Batch; None where it has no row.
+    """All rows of one partition as one Batch; None where it has no row. See shares()."""
+    whole, held = shares(batches, replace(columns, held=None), partition)
+    assert held is None
+    return whole
+
+
+def shares(
+    batches: Iterable[pa.RecordBatch], columns: Columns, partition: int, holdout: Holdout | None = None
+) -> tuple[Batch | None, Batch | None]:  # fmt: skip
+    """The rows of one partition to train on, and those held out for validation; None where there are none.
+
+    columns.held decides where it is given, else holdout; with neither, all rows are to train on.
 
     Raises DataError for nulls, ragged rows, NaN and infinity, and shapes that change between record batches.
-    Cost: each value is copied once (twice where rows must be put in order).
+    Cost: each value is copied once (twice where rows must be put in order, or are held out).
     """
+    found = _tensors(batches, columns, partition)
+    if found is None:
+        return None, None
+    whole = _batch(found, columns)
+    if columns.held is not None:
+        return parted(whole, found[-1] != 0)
+    return (whole, None) if holdout is None else parted(whole, holdout.marks(whole))
+
+
+def _tensors(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -> list[Tensor] | None:
+    """One tensor of all rows for each of columns.all; None where there is no row."""
     parts: list[list[Tensor]] = [[] for _ in columns.all]
     rows: list[np.ndarray] = []
     seen = 0
@@ -53,8 +77,15 @@ def share(batches: Iterable[pa.RecordBatch], columns: Columns, partition: int) -
         if np.any(np.diff(index) < 0):
             by_row = torch.from_numpy(np.argsort(index, kind="stable"))
             whole = [x.index_select(0, by_row) for x in whole]
+    return whole
+
+
+def _batch(tensors: Sequence[Tensor], columns: Columns) -> Batch:
+    """Of tensors for each of columns.all, or for all but the last where that is columns.held."""
     k = len(columns.inputs)
-    return Batch(tuple(whole[:k]), whole[k] if columns.label else None)
+    rest = iter(tensors[k:])
+    target, weight = (next(rest) if column is not None else None for column in (columns.label, columns.weight))
+    return Batch(tuple(tensors[:k]), target, weight)
 
 
 Shapes = list[list[int]]
@@ -74,7 +105,7 @@ def agree(told: Sequence[Shapes | None], columns: Columns) -> Shapes:
         raise DataError("the DataFrame has no rows; there is nothing to train on")
     first, shape = known[0]
     for partition, found in known[1:]:
-        for column, a, b in zip(columns.all, shape, found, strict=True):
+        for column, a, b in zip(columns.shown, shape, found, strict=True):
             if a != b:
                 raise DataError(
                     f"column {column.name!r} holds rows of shape {a} (partition {first}) and {b} (partition {partition}); "
@@ -85,9 +116,10 @@ def agree(told: Sequence[Shapes | None], columns: Columns) -> Shapes:
 
 def nothing(columns: Columns, agreed: Shapes) -> Batch:
     """A share without rows, of the shapes that the others have."""
-    made = [torch.empty([0, *shape], dtype=c.dtype) for c, shape in zip(columns.all, agreed, strict=True)]
-    k = len(columns.inputs)
-    return Batch(tuple(made[:k]), made[k] if columns.label else None)
+    made = [torch.empty([0, *shape], dtype=c.dtype) for c, shape in zip(columns.shown, agreed, strict=True)]
+    if columns.weight is not None:
+        made.append(torch.empty(0, dtype=columns.weight.dtype))
+    return _batch(made, columns)
 
 
 def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) -> Tensor:
@@ -128,6 +160,9 @@ def tensor(array: pa.Array, column: Column, partition: int, first_row: int = 0) 
             f"column {_member(column, ~torch.isfinite(made))!r} has values too large for {made.dtype}, the first in row {row} of "
             f"{where}; scale it first"
         )
+    if column.positive and len(made) and bool((made < 0).any()):
+        row = first_row + int((made < 0).nonzero()[0, 0])
+        raise DataError(f"column {column.name!r} has negative weights, the first in row {row} of {where}; they must be at least 0")
     if column.unit and len(made) and not bool(((made >= 0) & (made <= 1)).all()):
         bad = ((made < 0) | (made > 1)).reshape(len(made), -1).any(dim=1)
         row = first_row + int(bad.nonzero()[0, 0])

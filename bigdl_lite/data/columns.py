@@ -101,6 +101,7 @@ class Column:
     finite: bool = True  # NaN and infinity are errors
     members: tuple[str, ...] = ()
     unit: bool = False  # values below 0 or above 1 are errors
+    positive: bool = False  # values below 0 are errors
 
     @property
     def source(self) -> Name:
@@ -115,6 +116,8 @@ class Column:
 class Columns:
     """All that a fit reads: the inputs in the order of forward's arguments, and the label if there is one.
 
+    weight says how much a row counts, held whether it is for validation and not for training; either may be missing.
+
     row is the name of a column of unique int64 row numbers; where given, a share is put in that order before anything
     else, which makes it independent of how the rows travelled. located: record batches say where the rows lie in files,
     and the columns are read from there (parquet.py).
@@ -124,10 +127,17 @@ class Columns:
     label: Column | None = None
     row: str | None = None
     located: bool = False
+    weight: Column | None = None
+    held: Column | None = None
+
+    @property
+    def shown(self) -> tuple[Column, ...]:
+        """Those that the module and the loss see."""
+        return self.inputs if self.label is None else (*self.inputs, self.label)
 
     @property
     def all(self) -> tuple[Column, ...]:
-        return self.inputs if self.label is None else (*self.inputs, self.label)
+        return (*self.shown, *(c for c in (self.weight, self.held) if c is not None))
 
 
 def describe(

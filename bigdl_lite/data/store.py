@@ -1,6 +1,6 @@
 """A decoded share on local disk: written once, mapped by every Python worker that needs it.
 
-    <folder>/<key>/meta.json      {"columns": [[dtype, shape], ...], "inputs": k}
+    <folder>/<key>/meta.json      {"columns": [[dtype, shape], ...], "inputs": k, "target": whether, "weight": whether}
     <folder>/<key>/<i>.raw        column i, C order
 
 A share is complete or absent: it is written aside and renamed.
@@ -26,11 +26,12 @@ def save(folder: Path, key: str, share: Batch) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder))
     try:
-        columns = [*share.inputs, *([] if share.target is None else [share.target])]
+        columns = [*share.inputs, *(x for x in (share.target, share.weight) if x is not None)]
         for i, x in enumerate(columns):
             # as bytes: NumPy has no bfloat16
             x.reshape(-1).view(torch.uint8).numpy().tofile(aside / f"{i}.raw")
         meta = {"columns": [[str(x.dtype).removeprefix("torch."), list(x.shape)] for x in columns], "inputs": len(share.inputs)}
+        meta |= {"target": share.target is not None, "weight": share.weight is not None}
         (aside / "meta.json").write_text(json.dumps(meta))
         os.rename(aside, folder / key)
     except OSError:
@@ -56,5 +57,6 @@ def load(folder: Path, key: str) -> Batch | None:
         # mode "c": private pages, so that torch may treat the memory as writable
         array = np.memmap(path / f"{i}.raw", np.uint8, "c", shape=(nbytes,))
         columns.append(torch.from_numpy(np.asarray(array)).view(dtype).view(shape))
-    k = meta["inputs"]
-    return Batch(tuple(columns[:k]), columns[k] if len(columns) > k else None)
+    rest = iter(columns[meta["inputs"] :])
+    target, weight = (next(rest) if meta[name] else None for name in ("target", "weight"))
+    return Batch(tuple(columns[: meta["inputs"]]), target, weight)

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from bigdl_lite.algorithms import Side, State, Work, durable, merge_buffers
 from bigdl_lite.algorithms.exchange import parted
-from bigdl_lite.algorithms.peer import Here, Moment, Peering, distance
-from bigdl_lite.batch import Batch, mix, order, quotas
+from bigdl_lite.algorithms.peer import Here, Peering, distance
+from bigdl_lite.algorithms.peer import Moment as Turn
+from bigdl_lite.batch import Batch, mix, order
 from bigdl_lite.comm.comm import Collectives
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.data.arrow import shapes
@@ -33,6 +34,8 @@ from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.meeting import Meeting
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt
+from bigdl_lite.engine.trigger import Moment
+from bigdl_lite.engine.watch import Judge
 from bigdl_lite.errors import CheckpointError, DivergedError
 from bigdl_lite.model.layout import read_buffers
 from bigdl_lite.model.replica import Replica
@@ -42,32 +45,41 @@ _STEP, _ROWS, _WEIGHT, _LOSS, _COMPUTE, _DATA, _ENDED, _BYTES, _RATE, _USED, _WI
 
 
 def train_apart(
-    share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep = forget
-) -> Outcome:
+    share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep = forget,
+    held: Batch | None = None,
+) -> Outcome:  # fmt: skip
     """Trains to the end; every rank returns the mean of all ranks' weights. See engine/rank.py for the arguments."""
-    fit = _Fit(share, counts, recipe, start, meeting, observer, keep)
+    fit = _Fit(share, counts, recipe, start, meeting, observer, keep, held)
     with contextlib.closing(fit.peering):
         return fit.run()
 
 
 class _Fit:
     def __init__(
-        self, share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep
+        self, share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep,
+        held: Batch | None,
     ) -> None:  # fmt: skip
-        self.share, self.counts, self.recipe, self.keep = share, counts, recipe, keep
+        self.share, self.counts, self.recipe, self.keep, self.held = share, counts, recipe, keep, held
         self.rank, self.weights, self.peer = meeting.place.rank, meeting.block.weights, recipe.round.peer
         inline = meeting.rail is None or isinstance(meeting.rail, Room)
         self.all: Collectives = meeting.leaders or Room(Table(1), 0)  # for reports; the rail is the peer's
-        self.replica = Replica(recipe.blueprint, self.weights, meeting.block.grads[0], start.constants, recipe.loss)
+        made = start.constants, recipe.loss, recipe.compute
+        self.replica = Replica(recipe.blueprint, self.weights, meeting.block.grads[0], *made)
         if start.weights.data_ptr() != self.weights.data_ptr():
             self.weights.copy_(start.weights)
         self.replica.buffers = start.buffers
-        self.plan = quotas(counts, recipe.batch_size)
+        self.plan = recipe.plan(counts)
         self.steps = recipe.epochs * len(self.plan)
         self.history = History(recipe.log_interval, observer if self.rank == 0 else lambda event: None)
-        self.history.start(self.steps, recipe.epochs, int(self.plan.sum()), start.resume.sums if start.resume else None)
+        sums = start.resume.sums if start.resume else None
+        self.history.start(self.steps, recipe.epochs, int(self.plan.sum()), sums)
+        self.judge = Judge(recipe.watch, sums.get("judge") if sums else None)
+        self.asks = getattr(observer, "asked", None) if self.rank == 0 else None
         self.step, *_ = start.now
         self.mean = start.weights.detach().clone().to(self.weights.device)  # of the last report
+        self.served = Replica(recipe.blueprint, self.mean, None, *made) if recipe.watch.validates else None
+        if held is not None and recipe.watch.validates:
+            recipe.check_held(counts, int(self._total(torch.tensor([float(held.rows)], dtype=torch.float64))))
         comm = meeting.rail or Room(Table(1), 0)
         weighs = self.replica.weighs(share) or getattr(recipe.round.local, "drops", False)
         weighs = any(float(x) for x in _gathered(self.all, torch.tensor([float(weighs)], dtype=torch.float64), [1] * self.all.size))
@@ -86,14 +98,14 @@ class _Fit:
         if self.resume:
             self._restore(self.resume.state)
         self.together = time.perf_counter()  # all have met in __init__
-        while self.step < self.steps:
+        while self.step < self.steps and not self.judge.ended:
             began = time.perf_counter()
             epoch, at = divmod(self.step, len(self.plan))
             if epoch != of:
                 deal, of = order(self.share.rows, self.recipe.seed, epoch, self.rank), epoch
             first, rows = int(self.plan[:at, self.rank].sum()), int(self.plan[at, self.rank])
             batch = self.share.take(deal[first : first + rows]).to(self.weights.device)
-            now = Moment(self.step, self.plan[at].tolist(), mix(self.recipe.seed, 3, self.step))
+            now = Turn(self.step, self.plan[at].tolist(), mix(self.recipe.seed, 3, self.step))
             self.peering.begin(now)
             ready = time.perf_counter()
             work = Work(mix(self.recipe.seed, 2, self.step, self.rank), epoch, self.peering.advancer.rates(), self.rank, self.step)
@@ -139,9 +151,40 @@ class _Fit:
         if last or due or wished:
             told |= self._average(f"after step {step}")
         if last:
-            self.history.epoch(now.epoch - 1, told)
+            told |= self._validate(step)
+            mean = self.history.epoch(now.epoch - 1, told)
+            self._judge(Moment(step, now.epoch, True, mean, self.judge.metrics))
+            due = self.recipe.due(now, bool(self.judge.ended))
         if due or wished:
             self._keep(now, due)
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """The values of the held-out rows, by the mean of the weights; none where nothing is held out."""
+        watch, began = self.recipe.watch, time.perf_counter()
+        if self.served is None:
+            return {}
+        assert self.held is not None
+        self.served.buffers = self.replica.buffers
+        sums = self.served.measure(self.held.to(self.mean.device), watch.metrics, max(16, -(-self.recipe.batch_size // self.all.size)))
+        values = watch.values(self._total(torch.cat(sums)).split([len(x) for x in sums]))
+        self.judge.judge(values, self.replica.buffers)
+        self.history.validation(step, values, time.perf_counter() - began)
+        return values
+
+    def _judge(self, now: Moment) -> None:
+        """Whether the fit ends here; then peers finish what is under way."""
+        asked = False
+        if self.recipe.watch.listens:
+            asked = bool(self._total(torch.tensor([float(self.asks is not None and self.asks())], dtype=torch.float64)))
+        self.judge.end(now, asked)
+        if self.judge.ended and now.step < self.steps:
+            self.peering.finish()
+            self.peering.settle()
+            self._average(f"after step {now.step}")
+
+    def _total(self, x: Tensor) -> Tensor:
+        """The sum of a vector over all ranks, in rank order."""
+        return torch.stack(_gathered(self.all, x, [len(x)] * self.all.size)).sum(0)
 
     def _tell(self) -> bool:
         """Tells all ranks what this one noted since the last report; history becomes that of all. Whether rank 0 wants a state."""
@@ -202,7 +245,7 @@ class _Fit:
             )
 
     def _keep(self, now: Position, due: bool) -> None:
-        sums = self.history.sums(due)
+        sums = self.history.sums(due, self.judge)
         advancer, cut = self.peering.advancer, getattr(self.peering, "cut", None)
         if cut is None and self.rank:  # all have all of it; what is this rank's alone comes as its own
             cut, state = (0, 0), State({}, {})
@@ -233,7 +276,7 @@ class _Fit:
             facts = dict(own.facts)
             tensors = dict(own.tensors)
             self.weights.copy_(tensors.pop("exchange/weights"))
-            mine = {name: tensors.pop(name) for name in [*tensors] if name.startswith("exchange/optimizer/")}
+            mine = {name: tensors.pop(name) for name in [*tensors] if name.startswith(("exchange/optimizer/", "exchange/shadow/"))}
             state = State({name.removeprefix("exchange/"): x for name, x in mine.items()}, facts.pop("advance"))
             own = State(tensors, facts)
         self.peering.advancer.restore(state)

@@ -34,7 +34,7 @@ from pyspark import BarrierTaskContext, SparkContext
 from pyspark.sql import DataFrame
 
 from bigdl_lite.comm.window import Window, pour
-from bigdl_lite.data.arrow import agree, nothing, share
+from bigdl_lite.data.arrow import agree, nothing, shares
 from bigdl_lite.engine.hall import Hall
 from bigdl_lite.engine.keeper import Keeper, Part
 from bigdl_lite.engine.live import Address, Listener, Speaker
@@ -257,16 +257,16 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
     context = BarrierTaskContext.get()
     rank = context.partitionId()
     where = f"rank {rank} (partition {rank})"
-    mine, failure = None, None
+    mine, held, failure = None, None, None
     speaker = Speaker(way.live, rank, way.share_memory and way.beside)
     try:
-        mine = share(batches, recipe.columns, rank)
+        mine, held = shares(batches, recipe.columns, rank, recipe.watch.holdout)
     except Exception as error:
         failure = report(error, where)
     hall = None
     try:
         hall = Hall(context, recipe, way.share_memory, way.secret)
-        everyone = hall.gather(mine, failure)
+        everyone = hall.gather(mine, failure, held)
         if failure or any(other["failure"] for other in everyone):
             if failure:
                 yield _row("error", rank, json.dumps(failure).encode())
@@ -274,11 +274,11 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
         meeting = None
         try:
             agreed = agree([other["shapes"] for other in everyone], recipe.columns)
-            mine = nothing(recipe.columns, agreed) if mine is None else mine
+            mine, held = (nothing(recipe.columns, agreed) if x is None else x for x in (mine, held))
             meeting = hall.enter(everyone)
             start = way.shipped.read(meeting.block.weights if meeting.place.local == 0 else None)
             keep = _ToDriver(speaker, recipe, rank)
-            outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker, keep)
+            outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker, keep, held)
         except MeetingTimeout:
             raise  # a rank hangs: only the end of the stage will end it
         except Exception as error:

@@ -8,10 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bigdl_lite.batch import Batch
+from bigdl_lite.data.store import load
 from bigdl_lite.engine.pack import foreign, unpack
 from bigdl_lite.engine.recipe import Recipe
+from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.worker import local_dir
-from bigdl_lite.errors import revive
+from bigdl_lite.errors import DataError, revive
+from bigdl_lite.model.replica import Replica
 
 
 @dataclass
@@ -45,6 +51,23 @@ def recipe_of(broadcast: Any, run: str) -> Recipe:
         return cached(run, "recipe", lambda: unpack(broadcast.value))  # once in a process, not once a task
     except Exception as error:
         raise revive(foreign(error)) from error
+
+
+def share_of(run: str, rank: int, key: str, rows: int) -> Batch | None:
+    """A part of a partition, which had so many rows; None where it is not on this executor."""
+    found = cached(run, key, lambda: load(folder(run), key))
+    if found is not None and found.rows != rows:
+        raise DataError(
+            f"partition {rank} had {rows} rows when training began and {found.rows} when it was computed again; "
+            "make the DataFrame deterministic (no unseeded rand or limit), or cache it"
+        )
+    return found
+
+
+def replica_of(recipe: Recipe, shipped: Shipped) -> Replica:
+    found = recipe.blueprint.layout
+    weights = torch.empty(found.n, dtype=found.dtype)
+    return Replica(recipe.blueprint, weights, None, shipped.read().constants, recipe.loss, recipe.compute)
 
 
 def folder(run: str) -> Path:

@@ -37,7 +37,7 @@ class Hall:
         self.mail = mailbox() if share_memory and not recipe.apart and self.device is None and available() else None
         self.memory: Window | None = None
 
-    def gather(self, mine: Batch | None, failure: dict[str, str] | None) -> list[dict[str, Any]]:
+    def gather(self, mine: Batch | None, failure: dict[str, str] | None, held: Batch | None = None) -> list[dict[str, Any]]:
         """What every rank has to say, in rank order: the one all-gather through Spark, which takes up to a second."""
         port = 0
         if self.rank == 0:
@@ -46,7 +46,7 @@ class Hall:
                 port = self.store.port
         hello = {
             "host": self.host, "port": port, "mail": self.mail.address if self.mail else "", "failure": failure is not None,
-            "rows": mine.rows if mine else 0, "shapes": shapes(mine),
+            "rows": mine.rows if mine else 0, "shapes": shapes(mine or held),
         }  # fmt: skip
         return [json.loads(told) for told in self.context.allGather(json.dumps(hello))]
 

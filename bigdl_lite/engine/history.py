@@ -8,6 +8,7 @@ from typing import Any
 
 from bigdl_lite.algorithms import Side
 from bigdl_lite.engine.recipe import Observer
+from bigdl_lite.engine.watch import Judge
 from bigdl_lite.errors import DivergedError
 
 _SUMS = ("seconds", "compute_s", "sync_s", "data_s", "bytes_sent")
@@ -45,12 +46,17 @@ class History:
             self._epoch, self._since = dict(sums["epoch"]), list(sums["since"])
         self._observer({"start": {"steps": steps, "epochs": epochs, "rows": rows}})
 
-    def sums(self, saved: bool) -> dict[str, Any]:
-        """What start() must know to go on from here, and "loss", the mean since the checkpoint before. saved: this is one."""
+    def sums(self, saved: bool, judge: Judge) -> dict[str, Any]:
+        """What start() must know to go on from here, and "loss", by which checkpoints are compared. saved: this is one.
+
+        That is the mean loss since the checkpoint before; where rows are held out, the value that is monitored.
+        """
         loss, rows = self._since
         if saved:
             self._since = [0.0, 0]
-        return {"epoch": dict(self._epoch), "since": list(self._since), "loss": loss / rows if rows else math.nan}
+        mean = loss / rows if rows else math.nan
+        told = {"epoch": dict(self._epoch), "since": list(self._since), "judge": judge.facts()}
+        return told | {"loss": mean if judge.score is None else judge.score}
 
     def step(
         self, step: int, epoch: int, sides: Sequence[Side], loss: float, seconds: float, lr: float,
@@ -82,6 +88,12 @@ class History:
         self._epoch = total
         if line["step"] % self._every == 0:
             self.lines.append(line)
+        self._observer(line)
+
+    def validation(self, steps: int, values: Mapping[str, float], seconds: float) -> None:
+        """What the rows held out are worth after so many steps."""
+        line = {"validation": steps, **values, "seconds": seconds}
+        self.lines.append(line)
         self._observer(line)
 
     @property

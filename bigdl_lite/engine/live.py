@@ -6,6 +6,7 @@ run (comm/door.py). Facts and tensors travel in clear; on the driver's machine t
     rank                                                          driver
     {"alive": rank}, every few seconds; {"bye"} at the end        a rank that is silent, or gone without a word, is given up
     {"step" ...} and other lines, from rank 0                     the observer; best effort, training never waits
+    {"asked"}, from rank 0                                        whether the observer wants the fit to end
     {"kept"}                                                      which state it still needs, and must not be written to
     {"state": nbytes, "address": ...}                             looks there, or says {"blind"}: then the bytes are sent
                                                                   {"wait"} while a save is under way, then {"ok"} or {"refused"}
@@ -34,7 +35,7 @@ from bigdl_lite.errors import BigDLError, CheckpointError, MeetingTimeout, PeerL
 
 _LOG = logging.getLogger("bigdl_lite")
 _PATIENCE = 1.0  # seconds that a line may take, and the connection of a rank that needs none
-_EVERY = 0.1  # seconds between lines of steps, and between lines of epochs; the history itself has them all
+_EVERY = 0.1  # seconds between lines of steps; the history itself has them all
 _BUSY = 5.0  # seconds between words to a rank that waits for a save
 _MOST = 1 << 36
 
@@ -99,6 +100,8 @@ class Listener:
                 self._heard[link] = rank, float("inf")
                 if "state" in event:
                     self._take(link, event)
+                elif "asked" in event:
+                    link.tell({"asked": bool(getattr(self._observer, "asked", bool)())}, self._deadline)
                 elif "kept" in event:
                     link.tell({"kept": self._keeper.kept if self._keeper else -1}, self._deadline)
                 elif not event.keys() & {"alive", "bye"} and not self._tell(observe, event):
@@ -164,7 +167,7 @@ class Speaker:
         self._link: Link | None = None
         self._address, self._rank, self._lock = address, rank, threading.Lock()
         self._windows: dict[int, Window] | None = {} if windows and available() else None  # by the step of the state in it
-        self._last, self._tag = {"step": 0.0, "epoch": 0.0}, 0
+        self._last, self._tag = 0.0, 0
         self._closed = threading.Event()
         if address is None:
             return
@@ -183,13 +186,24 @@ class Speaker:
         return self._link is not None
 
     def __call__(self, event: Event) -> None:
-        kind = next((kind for kind in ("step", "epoch") if kind in event), None)
-        if kind:
+        if "step" in event:
             now = time.monotonic()
-            if now - self._last[kind] < _EVERY:
+            if now - self._last < _EVERY:
                 return
-            self._last[kind] = now
+            self._last = now
         self._tell(event)
+
+    def asked(self) -> bool:
+        """Whether the driver's observer wants the fit to end here."""
+        with self._lock:
+            if self._link is None or self._address is None:
+                return False
+            try:
+                self._link.tell({"asked": True}, self._address.deadline)
+                return bool(_answer(self._link, self._address.deadline)["asked"])
+            except BigDLError:
+                self._hang_up()
+                return False
 
     def give(self, part: Part) -> None:
         """Brings a part of the state to the driver; returns when the driver has it.

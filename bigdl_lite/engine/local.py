@@ -17,7 +17,7 @@ import torch
 from bigdl_lite.batch import Batch
 from bigdl_lite.comm.block import Block, private
 from bigdl_lite.comm.room import Room, Table
-from bigdl_lite.data.arrow import agree, nothing, shapes, share
+from bigdl_lite.data.arrow import agree, nothing, shapes, shares
 from bigdl_lite.engine.keeper import Keep, forget
 from bigdl_lite.engine.meeting import Meeting, Place
 from bigdl_lite.engine.rank import block_size, train
@@ -42,10 +42,10 @@ class LocalEngine:
                 f"{type(recipe.round.peer).__name__} lets workers be of different speed, and those of the local engine are threads "
                 "that take turns: take engine='barrier'"
             )
-        found = [share(batches, recipe.columns, rank) for rank, batches in enumerate(frame)]
-        agreed = agree([shapes(x) for x in found], recipe.columns)
-        full = [nothing(recipe.columns, agreed) if x is None else x for x in found]
-        return _Threads(recipe, start, full, observer, keep).run()
+        found = [shares(batches, recipe.columns, rank, recipe.watch.holdout) for rank, batches in enumerate(frame)]
+        agreed = agree([shapes(share or held) for share, held in found], recipe.columns)
+        full = [tuple(nothing(recipe.columns, agreed) if x is None else x for x in pair) for pair in found]
+        return _Threads(recipe, start, [share for share, _ in full], [held for _, held in full], observer, keep).run()
 
 
 @contextlib.contextmanager
@@ -60,8 +60,10 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Threads:
-    def __init__(self, recipe: Recipe, start: Start, shares: list[Batch], observer: Observer, keep: Keep) -> None:
-        self.recipe, self.start, self.shares, self.observer, self.keep = recipe, start, shares, observer, keep
+    def __init__(
+        self, recipe: Recipe, start: Start, shares: list[Batch], held: list[Batch], observer: Observer, keep: Keep
+    ) -> None:  # fmt: skip
+        self.recipe, self.start, self.shares, self.held, self.observer, self.keep = recipe, start, shares, held, observer, keep
         self.turn = threading.Lock()
         self.outcome: Outcome | None = None
         self.errors: dict[int, BaseException] = {}
@@ -106,7 +108,7 @@ class _Threads:
         with self.turn:
             try:
                 counts = [x.rows for x in self.shares]
-                outcome = train(self.shares[r], counts, self.recipe, self.start, meeting, self.observer, self.keep)
+                outcome = train(self.shares[r], counts, self.recipe, self.start, meeting, self.observer, self.keep, self.held[r])
                 if r == 0:
                     self.outcome = Outcome(outcome.weights.clone(), outcome.buffers, outcome.history, LocalEngine.name, outcome.shapes)
             except BaseException as error:

@@ -11,11 +11,13 @@ from bigdl_lite.vector import Cut
 
 @dataclass(frozen=True)
 class Order:
-    """What a map task needs to know of one round."""
+    """What a map task needs to know of one round. held: rows of each partition that are for validation; shapes: of one row."""
 
     run: str
     counts: tuple[int, ...]
     cuts: tuple[Cut, ...]
+    held: tuple[int, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
     round: int = -1
     epoch: int = -1
     first: tuple[int, ...] = ()  # rows of each share that this epoch has dealt already

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from bigdl_lite.algorithms import State, Update, Work, merge_buffers
-from bigdl_lite.batch import Batch, mix, order, quotas, rounds
+from bigdl_lite.batch import Batch, mix, order, rounds
 from bigdl_lite.comm.block import Size
 from bigdl_lite.data.arrow import shapes
 from bigdl_lite.engine.apart import train_apart
@@ -17,106 +21,204 @@ from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.meeting import SIDE, Meeting
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt
+from bigdl_lite.engine.trigger import Moment
+from bigdl_lite.engine.watch import Judge, best_of, keep_best, shown
 from bigdl_lite.model.batchnorm import SyncBatchNorm, connect
 from bigdl_lite.model.layout import read_buffers
 from bigdl_lite.model.replica import Replica
+
+_SUMS = 4096  # float64 values of a validation that are added at a time
 
 
 def block_size(recipe: Recipe, q: int) -> Size:
     """The block that q ranks of one node need for this recipe."""
     found = recipe.blueprint.layout
     norms = [m.num_features for m in recipe.blueprint.skeleton.modules() if isinstance(m, SyncBatchNorm)]
-    return Size(found.n, recipe.num_workers, q, SIDE + found.m, 2 * max(norms) + 1 if norms else 0, found.dtype)
+    scratch = max(2 * max(norms) + 1 if norms else 0, _SUMS if recipe.watch.validates else int(recipe.watch.listens))
+    return Size(found.n, recipe.num_workers, q, SIDE + found.m, scratch, found.dtype)
 
 
 def train(
-    share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep = forget
-) -> Outcome:
+    share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep = forget,
+    held: Batch | None = None,
+) -> Outcome:  # fmt: skip
     """Trains to the end; every rank returns the same weights and buffers. Rank 0 keeps the history and calls the observer.
 
     share   this rank's rows, perhaps none (but of the shapes that all shares have)
     start   its weights count on the first rank of each node only, and may be those of the block already
     counts  the rows of every rank
     keep    takes this rank's part of the state after a step where a checkpoint is due, or where rank 0 asks for one
+    held    this rank's rows to validate on, perhaps none, where recipe.watch validates
     """
     if recipe.round.peer is not None:
-        return train_apart(share, counts, recipe, start, meeting, observer, keep)
-    rank, method, block = meeting.place.rank, recipe.round, meeting.block
-    weights = block.weights.clone() if method.local.moves else block.weights
-    replica = Replica(recipe.blueprint, weights, block.grads[meeting.place.local], start.constants, recipe.loss)
-    served = Replica(recipe.blueprint, block.weights, None, start.constants, recipe.loss) if method.local.moves else replica
-    connect(replica.module, meeting.all_reduce)
-    if meeting.place.local == 0 and start.weights.data_ptr() != block.weights.data_ptr():
-        block.weights.copy_(start.weights)
-    replica.buffers = start.buffers
-    block.wait()
-    meeting.divide(method.advance.cuts(served, meeting.owners))
-    advancer = method.advance.start(served, meeting.cut)
-    meeting.start(recipe.blueprint, start.resume.state if start.resume else None)
-    plan = quotas(counts, recipe.batch_size)
-    history = History(recipe.log_interval, observer if rank == 0 else lambda event: None)
-    history.start(recipe.steps(len(plan)), recipe.epochs, int(plan.sum()), start.resume.sums if start.resume else None)
-    if start.resume:
-        start.resume.check(dealt(recipe, counts, start.now))
-        advancer.restore(start.resume.state)
-    step, first, begun = start.now
-    for epoch in range(first, recipe.epochs):
-        deal = order(share.rows, recipe.seed, epoch, rank)
-        past = begun if epoch == first else 0
-        each = rounds(len(plan), method.local.batches(epoch))
-        row = int(plan[: each[past][0], rank].sum()) if past < len(each) else 0
+        return train_apart(share, counts, recipe, start, meeting, observer, keep, held)
+    return _Rank(share, counts, recipe, start, meeting, observer, keep, held).run()
+
+
+class _Rank:
+    def __init__(
+        self, share: Batch, counts: Sequence[int], recipe: Recipe, start: Start, meeting: Meeting, observer: Observer, keep: Keep,
+        held: Batch | None,
+    ) -> None:  # fmt: skip
+        self.share, self.counts, self.recipe, self.meeting, self.keep, self.held = share, counts, recipe, meeting, keep, held
+        self.start, self.observer = start, observer
+        self.rank, self.block, method = meeting.place.rank, meeting.block, recipe.round
+        block, moves = self.block, method.local.moves
+        self.weights = block.weights.clone() if moves else block.weights
+        made = recipe.blueprint, start.constants, recipe.loss, recipe.compute
+        self.replica = _replica(self.weights, block.grads[meeting.place.local], *made)
+        self.served = _replica(block.weights, None, *made) if moves else self.replica
+        connect(self.replica.module, meeting.all_reduce)
+        if meeting.place.local == 0 and start.weights.data_ptr() != block.weights.data_ptr():
+            block.weights.copy_(start.weights)
+        self.replica.buffers = start.buffers
+        block.wait()
+        meeting.divide(method.advance.cuts(self.served, meeting.owners))
+        self.advancer = method.advance.start(self.served, meeting.cut)
+        meeting.start(recipe.blueprint, start.resume.state if start.resume else None)
+        self.plan = recipe.plan(counts)
+        sums = start.resume.sums if start.resume else None
+        self.judge = Judge(recipe.watch, sums.get("judge") if sums else None)
+        self.history = History(recipe.log_interval, observer if self.rank == 0 else lambda event: None)
+        self.history.start(recipe.steps(len(self.plan)), recipe.epochs, int(self.plan.sum()), sums)
+        if start.resume:
+            start.resume.check(dealt(recipe, counts, start.now))
+            self.advancer.restore(start.resume.state)
+        if recipe.watch.validates:
+            assert held is not None
+            recipe.check_held(counts, int(meeting.all_reduce(torch.tensor([float(held.rows)], dtype=torch.float64))))
+
+    def run(self) -> Outcome:
+        step, first, begun = self.start.now
+        for epoch in range(first, self.recipe.epochs):
+            if self.judge.ended:
+                break
+            step = self._epoch(epoch, begun if epoch == first else 0, step)
+        self._finish()
+        if self.judge.buffers is not None:
+            self.replica.buffers = self.judge.buffers
+        buffers = read_buffers(self.replica.module, self.replica.layout)
+        return Outcome(self.block.weights, buffers, self.history.lines, shapes=shapes(self.share))
+
+    def _finish(self) -> None:
+        """The weights that the model gets: the best where they are kept, or the averaged ones."""
+        last = best_of(self.advancer) if self.judge.best is not None else None, shown(self.advancer)
+        if any(x is not None for x in last):
+            self.meeting.total(0.0)  # what others still read of this rank's last state must not change
+        self._put(*last)
+
+    def _epoch(self, epoch: int, past: int, step: int) -> int:
+        """The rounds of an epoch but the first `past`; returns the number of steps done."""
+        deal = order(self.share.rows, self.recipe.seed, epoch, self.rank)
+        plan, each = self.plan, rounds(len(self.plan), self.recipe.round.local.batches(epoch))
+        row = int(plan[: each[past][0], self.rank].sum()) if past < len(each) else 0
         for at, (a, b) in enumerate(each[past:], past + 1):
-            began = time.perf_counter()
-            batches, mine = [], 0
-            for quota in plan[a:b, rank]:
-                batches.append(share.take(deal[row : row + quota]).to(block.weights.device))
-                row, mine = row + int(quota), mine + int(quota)
-            if method.local.moves:
-                weights.copy_(block.weights)
-            ready = time.perf_counter()
-            work = Work(mix(recipe.seed, 2, step, rank), epoch, advancer.rates(), rank, step)
-            if method.exchange is not None:
-                meeting.begin(replica, plan[a:b].sum(0).tolist(), step, mix(recipe.seed, 3, step))
-            told, loss = method.local(replica, batches, work)
-            done = time.perf_counter()
-            meeting.tell(mine, told.weight, loss, done - ready, ready - began, replica.buffers, keep.wish)
-            vector = meeting.exchanged() if method.exchange is not None else None
-            sides, sent = meeting.sides()
-            history.sent(sent)
-            mean = mean_loss(sides, step)
-            measured = 0.0
-            if vector is not None:  # a mean over rows; the loss may weigh them
-                rows = sum(side.rows for side in sides)
-                update = Update(vector, sum(side.weight for side in sides) / (rows or 1))
-            elif meeting.owns:
-                update = meeting.combine(method.combine, [side.weight for side in sides])
-            else:  # a slice of no values, whose scheduler goes on like everyone's
-                update = Update(block.weights.new_empty(0), 1.0)
-            if meeting.owns:
-                measured = advancer.measure(update)
-            if method.advance.measures:
-                measured = meeting.total(measured)
-            advancer.step(update, measured)
-            if replica.layout.m and len(sides) > 1:
-                replica.buffers = merge_buffers(sides)
-            meeting.publish()
-            history.step(step, epoch, sides, mean, time.perf_counter() - began, advancer.rates()[0])
+            batches, began = [], time.perf_counter()
+            for quota in plan[a:b, self.rank]:
+                batches.append(self.share.take(deal[row : row + quota]).to(self.block.weights.device))
+                row += int(quota)
+            mean = self._step(step, epoch, batches, plan[a:b], began)
             step += 1
             last = at == len(each)
-            now = Position(step, epoch + last, 0 if last else at)
-            due = recipe.due(now)
-            if last or due or meeting.wished:
-                history.sent(meeting.sent())
-            if last:
-                advancer.end_epoch(history.epoch(epoch))
-                meeting.agree(f"after epoch {epoch}")
-            if due or meeting.wished:
-                sums = history.sums(due)
-                if meeting.keeps:
-                    of_node = meeting.exchange is None or meeting.place.node == 0
-                    cut, state = (meeting.cut, advancer.state()) if of_node else ((0, 0), State({}, {}))
-                    keep(Part(
-                        now, due, rank, cut, block.weights[slice(*cut)], state, meeting.keepers, replica.buffers, sums, history.lines,
-                        counts, shapes(share), *meeting.kept(),
-                    ))  # fmt: skip
-    return Outcome(block.weights, read_buffers(replica.module, replica.layout), history.lines, shapes=shapes(share))
+            self._after(Position(step, epoch + last, 0 if last else at), epoch, mean)
+            if self.judge.ended:
+                break
+        return step
+
+    def _step(self, step: int, epoch: int, batches: list[Batch], plan: Any, began: float) -> float:
+        """One round: local work, meeting, advance. Returns the mean loss."""
+        meeting, method, block, replica = self.meeting, self.recipe.round, self.block, self.replica
+        if method.local.moves:
+            self.weights.copy_(block.weights)
+        ready, seed = time.perf_counter(), self.recipe.seed
+        work = Work(mix(seed, 2, step, self.rank), epoch, self.advancer.rates(), self.rank, step)
+        if method.exchange is not None:
+            meeting.begin(replica, plan.sum(0).tolist(), step, mix(seed, 3, step))
+        told, loss = method.local(replica, batches, work)
+        done, mine = time.perf_counter(), int(plan[:, self.rank].sum())
+        meeting.tell(mine, told.weight, loss, done - ready, ready - began, replica.buffers, self.keep.wish)
+        vector = meeting.exchanged() if method.exchange is not None else None
+        sides, sent = meeting.sides()
+        self.history.sent(sent)
+        mean = mean_loss(sides, step)
+        measured = 0.0
+        if vector is not None:  # a mean over rows; the loss may weigh them
+            rows = sum(side.rows for side in sides)
+            update = Update(vector, sum(side.weight for side in sides) / (rows or 1))
+        elif meeting.owns:
+            update = meeting.combine(method.combine, [side.weight for side in sides])
+        else:  # a slice of no values, whose scheduler goes on like everyone's
+            update = Update(block.weights.new_empty(0), 1.0)
+        if meeting.owns:
+            measured = self.advancer.measure(update)
+        if method.advance.measures:
+            measured = meeting.total(measured)
+        self.advancer.step(update, measured)
+        if replica.layout.m and len(sides) > 1:
+            replica.buffers = merge_buffers(sides)
+        meeting.publish()
+        self.history.step(step, epoch, sides, mean, time.perf_counter() - began, self.advancer.rates()[0])
+        return mean
+
+    def _after(self, now: Position, epoch: int, mean: float) -> None:
+        """What is due between two steps: validation, the end of an epoch, a state for the driver."""
+        meeting, judge, last = self.meeting, self.judge, now.at == 0
+        moment = Moment(now.step, now.epoch, last, mean, judge.metrics)
+        validate = judge.due(moment)
+        if last or validate or meeting.wished or self.recipe.due(now):
+            self.history.sent(meeting.sent())
+        if last:
+            mean = self.history.mean
+            self.advancer.end_epoch(mean)
+        found = self._validate(now.step) if validate else {}
+        if last:
+            self.history.epoch(epoch, found)
+            meeting.agree(f"after epoch {epoch}")
+        asked = self._asked() if self.recipe.watch.listens and (last or validate) else False
+        judge.end(Moment(now.step, now.epoch, last, mean, judge.metrics), asked)
+        due = self.recipe.due(now, bool(judge.ended))
+        if due or meeting.wished or judge.ended:
+            self.history.sent(meeting.sent())
+        if due or meeting.wished:
+            sums = self.history.sums(due, judge)
+            if meeting.keeps:
+                of_node = meeting.exchange is None or meeting.place.node == 0
+                cut, state = (meeting.cut, self.advancer.state()) if of_node else ((0, 0), State({}, {}))
+                self.keep(Part(
+                    now, due, self.rank, cut, self.block.weights[slice(*cut)], state, meeting.keepers, self.replica.buffers, sums,
+                    self.history.lines, self.counts, shapes(self.share), *meeting.kept(),
+                ))  # fmt: skip
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """The values of the held-out rows; where they are the best, owners keep what was measured."""
+        assert self.held is not None
+        began, mine = time.perf_counter(), shown(self.advancer)
+        before = None if mine is None else self.block.weights[slice(*self.meeting.cut)].clone()
+        self._put(mine)
+        self.served.buffers = self.replica.buffers
+        size = max(16, -(-self.recipe.batch_size // self.recipe.num_workers))
+        sums = self.served.measure(self.held.to(self.weights.device), self.recipe.watch.metrics, size)
+        flat = torch.cat(sums)
+        total = torch.cat([self.meeting.all_reduce(flat[at : at + _SUMS]) for at in range(0, len(flat), _SUMS)])
+        self._put(before)
+        values = self.recipe.watch.values(total.split([len(x) for x in sums]))
+        if self.judge.judge(values, self.replica.buffers) and self.recipe.watch.best:
+            keep_best(self.advancer)
+        self.history.validation(step, values, time.perf_counter() - began)
+        return values
+
+    def _put(self, *slices: Tensor | None) -> None:
+        """Makes the first of these slices that there is everyone's weights. Owners all have one, or none has."""
+        found = next((x for x in slices if x is not None), None)
+        if found is not None:
+            self.block.weights[slice(*self.meeting.cut)].copy_(found)
+            self.meeting.publish()
+
+    def _asked(self) -> bool:
+        """Whether the observer wants the fit to end here: rank 0 knows, and tells the others."""
+        asks = getattr(self.observer, "asked", None) if self.rank == 0 else None
+        return bool(self.meeting.all_reduce(torch.tensor([float(asks is not None and asks())], dtype=torch.float64)))
+
+
+def _replica(weights: Tensor, gradient: Tensor | None, blueprint: Any, constants: Any, loss: Any, compute: Any) -> Replica:
+    return Replica(blueprint, weights, gradient, constants, loss, compute)

@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from bigdl_lite.algorithms import Round, State
+from bigdl_lite.batch import quotas
 from bigdl_lite.data.columns import Columns
-from bigdl_lite.errors import CheckpointError, RecipeError
+from bigdl_lite.engine.watch import Watch
+from bigdl_lite.errors import CheckpointError, DataError, RecipeError
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.layout import Blueprint
-from bigdl_lite.model.replica import Loss
+from bigdl_lite.model.loss import Loss
+from bigdl_lite.model.replica import Compute
 
 # {"start": {"steps", "epochs", "rows"}}, then the lines of the history as they come
 Event = Mapping[str, Any]
@@ -65,6 +69,9 @@ class Recipe:
     recoveries   losses after which a fit gives up
     hierarchical with an exchange, whether the ranks of a node sum in memory first and are one peer; else each rank is a peer
     log_interval a step is kept in the history where step % log_interval == 0 (epochs always are)
+    compute      how a worker computes its part of a step
+    watch        rows held out, metrics, and when it is enough
+    limit        batches of an epoch at most, for a dry run; None: all
     """
 
     blueprint: Blueprint
@@ -82,6 +89,9 @@ class Recipe:
     recovery: float = 60.0
     recoveries: int = 3
     hierarchical: bool = False
+    compute: Compute = field(default_factory=Compute)
+    watch: Watch = field(default_factory=Watch)
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -92,7 +102,24 @@ class Recipe:
                 raise RecipeError(f"{name} is {value}, must be at least 1")
         if not self.deadline > 0:
             raise RecipeError(f"deadline is {self.deadline} s, must be above 0")
-        if self.hierarchical and getattr(self.round.exchange, "overlap", False):
+        if self.limit is not None and self.limit < 1:
+            raise RecipeError(f"limitBatches is {self.limit}, must be at least 1")
+        overlaps, meets = getattr(self.round.exchange, "overlap", False), any(isinstance(m, SyncBatchNorm) for m in self._modules())
+        if overlaps and (self.compute.passes > 1 or self.compute.precision == "fp16"):
+            raise RecipeError(
+                "overlap=True sends gradients while the one backward pass computes them: with accumulation, or precision='fp16', "
+                "which scales them, leave it out"
+            )
+        if meets and self.compute.passes > 1:
+            raise RecipeError(
+                "syncBatchNorm=True takes statistics of the whole batch, and with accumulation no forward pass sees it: leave out one"
+            )
+        if self.round.peer is not None and (self.watch.best or self.watch.every is not None):
+            raise RecipeError(
+                f"with {type(self.round.peer).__name__} each worker has weights of its own, whose mean is validated at the ends of "
+                "epochs and not kept: leave out validationTrigger and restoreBest"
+            )
+        if self.hierarchical and overlaps:
             raise RecipeError(
                 "overlap=True sends each rank's gradient while backward computes it, and hierarchical=True sums those of a node first: "
                 "leave out one of them"
@@ -103,7 +130,7 @@ class Recipe:
                 "machine one: leave out one of them"
             )
         alone = self.round.local if getattr(self.round.local, "drops", False) else self.round.peer
-        if alone is not None and any(isinstance(m, SyncBatchNorm) for m in self.blueprint.skeleton.modules()):
+        if alone is not None and meets:
             raise RecipeError(
                 f"syncBatchNorm=True makes all workers meet inside forward, and with {type(alone).__name__} they do not: leave it out, "
                 "or take GroupNorm, which needs no other rows"
@@ -111,18 +138,33 @@ class Recipe:
         if not self.recovery >= 0:
             raise RecipeError(f"recoveryInterval is {self.recovery} s, must be at least 0")
 
+    def _modules(self) -> Iterable[Any]:
+        return self.blueprint.skeleton.modules()
+
     @property
     def apart(self) -> bool:
         """Whether each rank is a peer of its own, whoever it shares a machine with."""
         return self.round.peer is not None or (self.round.exchange is not None and not self.hierarchical)
 
+    def plan(self, counts: Sequence[int]) -> np.ndarray:
+        """Rows that each share gives to each batch of an epoch: see batch.quotas."""
+        return quotas(counts, self.batch_size)[: self.limit]
+
+    def check_held(self, counts: Sequence[int], held: int) -> None:
+        """Raises DataError where all rows, or none, are held out for validation. counts: of rows to train on."""
+        if self.watch.validates and (not held or not sum(counts)):
+            raise DataError(
+                f"{held} rows are held out for validation, {sum(counts)} are left to train on; both must be at least 1: look at "
+                "validationFraction or validationIndicatorCol"
+            )
+
     def steps(self, batches: int) -> int:
         """Rounds of the whole fit, where an epoch has so many batches."""
         return sum(-(-batches // self.round.local.batches(epoch)) for epoch in range(self.epochs))
 
-    def due(self, now: Position) -> bool:
-        """Whether a checkpoint is due at this moment."""
-        return self.saving is not None and self.saving.due(now, self.epochs)
+    def due(self, now: Position, ended: bool = False) -> bool:
+        """Whether a checkpoint is due at this moment. ended: whether the fit ends here, before its epochs are done."""
+        return self.saving is not None and (ended or self.saving.due(now, self.epochs))
 
 
 @dataclass(frozen=True)
@@ -170,6 +212,7 @@ class Outcome:
 
     step:   step, epoch, loss, rows, lr, seconds, compute_s, sync_s, data_s, sync_ratio, bytes_sent
     epoch:  epoch, loss, rows, seconds, compute_s, sync_s, data_s, sync_ratio, bytes_sent, steps
+    validation: validation (steps done), val_loss and the other values, seconds; values at its end are in the line of an epoch too
     A step is a round: one batch, or several with local SGD. seconds are wall time; compute_s and data_s those of the slowest
     rank; sync_s is the rest, and sync_ratio is sync_s / compute_s (0 where nothing was computed). bytes_sent counts the
     payload that all workers sent to other nodes, or into the shuffle. shapes: of one row in each column of the recipe.

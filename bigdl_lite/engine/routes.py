@@ -24,6 +24,7 @@ from bigdl_lite.algorithms import Exchanger, Side, Turn, Update
 from bigdl_lite.batch import mix
 from bigdl_lite.comm.comm import Residual, divided
 from bigdl_lite.comm.window import Look, Window, available, look
+from bigdl_lite.engine.measure import measurer_of, sums_of
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import Ask, Packed, packed, to_bytes
@@ -90,6 +91,18 @@ def _settled(run: Callable[[], list[wire.Frame]], ground: Ground, round: int) ->
         f"partitions {missing} were on no executor that ran their task, {_REFILLS} times in round {round}; "
         "raise spark.locality.wait, or use fewer and larger executors"
     )
+
+
+def measured(ground: Ground, weights: Tensor, buffers: Tensor, step: int) -> list[Tensor]:
+    """What the rows held out say of these weights: Replica.measure, added over the partitions in their order. One job."""
+    state = ground.sc.broadcast((_bytes(weights), _bytes(buffers)))
+    run = repeated(ground.tokens, measurer_of(ground.static, ground.shipped, state, ground.order, step))
+    try:
+        frames = _settled(lambda: [wire.loads(data) for data in run("")], ground, step)
+    finally:
+        state.destroy(blocking=False)
+    found = [sums_of(f) for f in sorted((f for f in frames if f.kind == wire.SUMS), key=lambda f: f.rank)]
+    return [torch.stack(sums).sum(0) for sums in zip(*found, strict=True)]
 
 
 def _sides(frames: list[wire.Frame]) -> list[Side]:

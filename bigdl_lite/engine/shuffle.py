@@ -29,6 +29,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from bigdl_lite.algorithms import merge_buffers
 from bigdl_lite.algorithms.exchange import NOTHING, put_back
-from bigdl_lite.batch import quotas, rounds
+from bigdl_lite.batch import rounds
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
@@ -48,10 +49,12 @@ from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
-from bigdl_lite.engine.routes import SMALL, Blind, ExchangeRoute, Ground, MemoryRoute, Route, ShuffleRoute, window_for
+from bigdl_lite.engine.routes import SMALL, Blind, ExchangeRoute, Ground, MemoryRoute, Route, ShuffleRoute, measured, window_for
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import in_order, is_classic, jobs, on_this_machine, slots
 from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
+from bigdl_lite.engine.trigger import Moment
+from bigdl_lite.engine.watch import Judge, best_of, keep_best, shown
 from bigdl_lite.engine.worker import versions
 from bigdl_lite.errors import RecipeError, blamed, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
@@ -137,6 +140,9 @@ class _Rounds:
             self.weights.copy_(start.weights)
         self.buffers = start.buffers
         self.history = History(recipe.log_interval, observer)
+        sums = start.resume.sums if start.resume else None
+        self.judge = Judge(recipe.watch, sums.get("judge") if sums else None)
+        self.observer = observer
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
         self.free = slots(frame.sparkSession)
         self.owners = max(1, min(recipe.num_workers, self.free))
@@ -161,14 +167,14 @@ class _Rounds:
         tokens = self._ingest().persist(StorageLevel.MEMORY_AND_DISK)
         route: Route | None = None
         try:
-            counts, found, sees = self._counts(tokens)
-            plan = quotas(counts, self.recipe.batch_size)
+            counts, held, found, sees = self._counts(tokens)
+            plan = self.recipe.plan(counts)
             resume = self.start.resume
             self.history.start(self.recipe.steps(len(plan)), self.recipe.epochs, int(plan.sum()), resume.sums if resume else None)
             if resume:
                 resume.check(dealt(self.recipe, counts, resume.now))
             begins = np.cumsum(plan, axis=0) - plan
-            base = Order(self.recipe.run, counts, tuple(self.cuts))
+            base = Order(self.recipe.run, counts, tuple(self.cuts), held, tuple(map(tuple, found)))
             ground = Ground(
                 self.sc, tokens, self.recipe, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),
@@ -182,6 +188,8 @@ class _Rounds:
                     route = ShuffleRoute(ground)
             step, first_epoch, begun = self.start.now
             for epoch in range(first_epoch, self.recipe.epochs):
+                if self.judge.ended:
+                    break
                 past = begun if epoch == first_epoch else 0
                 each = rounds(len(plan), self.recipe.round.local.batches(epoch))
 
@@ -193,23 +201,22 @@ class _Rounds:
 
                 for at in range(past + 1, len(each) + 1):
                     order = ordered(at - 1, step)
-                    then = ordered(at, step + 1) if at < len(each) else None  # if the rates stay what they are
+                    foreseen = at < len(each) and self.recipe.watch.every is None
+                    then = ordered(at, step + 1) if foreseen else None  # if the rates stay what they are
                     try:
-                        self._round(route, order, then)
+                        mean = self._round(route, order, then)
                     except Blind as why:
                         _LOG.warning("shuffle: from round %d on values travel through Spark, because %s", step, why)
                         _check_size(self.sc, self.weights)
                         route.close()
                         route = ShuffleRoute(ground)
-                        self._round(route, order)
+                        mean = self._round(route, order)
                     step += 1
                     last = at == len(each)
-                    if last:
-                        mean = self.history.epoch(epoch)
-                        with blamed("the driver, in the scheduler"):
-                            for advancer in self.advancers:
-                                advancer.end_epoch(mean)
-                    self._keep(Position(step, epoch + last, 0 if last else at), counts, found)
+                    self._after(Position(step, epoch + last, 0 if last else at), epoch, mean, ground, found)
+                    if self.judge.ended:
+                        break
+            self._finish()
         finally:
             if route is not None:
                 route.close()
@@ -218,10 +225,54 @@ class _Rounds:
             self._clean(tokens)
         return Outcome(self.weights, self.buffers, self.history.lines, ShuffleEngine.name, found)
 
+    def _after(self, now: Position, epoch: int, mean: float, ground: Ground, found: Shapes) -> None:
+        """What is due between two rounds: validation, the end of an epoch, a checkpoint."""
+        last, judge = now.at == 0, self.judge
+        validate = judge.due(Moment(now.step, now.epoch, last, mean, judge.metrics))
+        if last:
+            mean = self.history.mean
+            with blamed("the driver, in the scheduler"):
+                for advancer in self.advancers:
+                    advancer.end_epoch(mean)
+        values = self._validate(now.step, ground) if validate else {}
+        if last:
+            self.history.epoch(epoch, values)
+        asks = getattr(self.observer, "asked", bool) if self.recipe.watch.listens and (last or validate) else bool
+        judge.end(Moment(now.step, now.epoch, last, mean, judge.metrics), asks())
+        if self.recipe.due(now, bool(judge.ended)):
+            self._keep(now, ground.order.counts, found)
+
+    def _validate(self, step: int, ground: Ground) -> dict[str, float]:
+        """The values of the held-out rows: one job. Where they are the best, the advancers keep what was measured."""
+        began, before = time.perf_counter(), self.weights.clone() if shown(self.advancers[0]) is not None else None
+        self._put(shown)
+        total = measured(ground, self.weights, self.buffers, step)
+        if before is not None:
+            self.weights.copy_(before)
+        values = self.recipe.watch.values(total)
+        if self.judge.judge(values, self.buffers) and self.recipe.watch.best:
+            for advancer in self.advancers:
+                keep_best(advancer)
+        self.history.validation(step, values, time.perf_counter() - began)
+        return values
+
+    def _put(self, which: Callable[[Any], Tensor | None]) -> None:
+        for cut, advancer in zip(self.cuts, self.advancers, strict=True):
+            found = which(advancer)
+            if found is not None:
+                self.weights[slice(*cut)].copy_(found)
+
+    def _finish(self) -> None:
+        """The weights that the model gets: the best where they are kept, or the averaged ones."""
+        self._put(shown)
+        if self.judge.best is not None:
+            self._put(best_of)
+        if self.judge.buffers is not None:
+            self.replica.buffers = self.judge.buffers
+            self.buffers = self.replica.buffers
+
     def _keep(self, now: Position, counts: tuple[int, ...], found: Shapes) -> None:
-        if not self.recipe.due(now):
-            return
-        sums = self.history.sums(True)
+        sums = self.history.sums(True, self.judge)
         for rank, (cut, advancer) in enumerate(zip(self.cuts, self.advancers, strict=True)):
             mine = self.weights[slice(*cut)], advancer.state(), len(self.cuts)
             kept = (self.exchanger.shared(), self.exchanger.own(), 0) if self.exchanger and not rank else (NOTHING, NOTHING, -1)
@@ -232,8 +283,8 @@ class _Rounds:
         address = self.window.address if self.window is not None else ""
         return self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address, versions()), TOKEN).rdd
 
-    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], Shapes, bool]:
-        """The rows of every share, the shapes of one row, and whether all workers see the driver's memory."""
+    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Shapes, bool]:
+        """Rows of every share, and those held out; the shapes of one row; and whether all workers see the driver's memory."""
         told = {token.partition: token for token in tokens.collect()}
         errors = [json.loads(told[i].error) for i in sorted(told) if told[i].error]
         if errors:
@@ -241,9 +292,12 @@ class _Rounds:
         # no token at all: Spark's optimizer knew the frame to be empty, and started no task
         workers = range(self.recipe.num_workers if told else 0)
         found = agree([json.loads(told[i].shapes) for i in workers], self.recipe.columns)
-        return tuple(told[i].rows for i in workers), found, all(told[i].sees for i in workers)
+        counts, held = tuple(told[i].rows for i in workers), tuple(told[i].held for i in workers)
+        self.recipe.check_held(counts, sum(held))
+        return counts, held, found, all(told[i].sees for i in workers)
 
-    def _round(self, route: Route, order: Order, then: Order | None = None) -> None:
+    def _round(self, route: Route, order: Order, then: Order | None = None) -> float:
+        """One round; returns its mean loss."""
         began = time.perf_counter()
         sides, updates, sent = route.round(order, self.weights, self.buffers, then)
         mean = mean_loss(sides, order.round)
@@ -257,6 +311,7 @@ class _Rounds:
         seconds, rate = time.perf_counter() - began, self.advancers[0].rates()[0]
         self.history.step(order.round, order.epoch, sides, mean, seconds, rate)
         self.history.sent(sent)
+        return mean
 
     def _clean(self, tokens: RDD[Any]) -> None:
         try:

@@ -20,25 +20,26 @@ from torch import Tensor
 from bigdl_lite.algorithms import Side, Turn, Update, Work
 from bigdl_lite.batch import Batch, mix, order
 from bigdl_lite.comm.window import Look, Window, look
-from bigdl_lite.data.arrow import shapes, share
-from bigdl_lite.data.store import load, save
-from bigdl_lite.engine.cache import cached, folder, forget, recipe_of
+from bigdl_lite.data.arrow import shapes, shares
+from bigdl_lite.data.store import save
+from bigdl_lite.engine.cache import cached, folder, forget, recipe_of, replica_of, share_of
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import from_bytes, message, unpacked
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
 from bigdl_lite.engine.worker import require_versions, settle
-from bigdl_lite.errors import DataError, report
+from bigdl_lite.errors import report
 from bigdl_lite.model.replica import Replica
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, Raw, decoded, encoded, on_bytes
 
 # ---- shares -----------------------------------------------------------------------------------------------------------
 
-TOKEN = "partition int, rows long, shapes string, error string, sees boolean"
+TOKEN = "partition int, rows long, held long, shapes string, error string, sees boolean"
 _TOKEN = pa.schema([
-    ("partition", pa.int32()), ("rows", pa.int64()), ("shapes", pa.string()), ("error", pa.string()), ("sees", pa.bool_()),
+    ("partition", pa.int32()), ("rows", pa.int64()), ("held", pa.int64()), ("shapes", pa.string()), ("error", pa.string()),
+    ("sees", pa.bool_()),
 ])  # fmt: skip
 
 
@@ -54,13 +55,15 @@ def decoder_of(
         settle()
         partition = partition_id()
         sees = bool(address) and look(address) is not None
-        told: dict[str, Any] = {"partition": partition, "rows": 0, "shapes": "null", "error": None, "sees": sees}
+        told: dict[str, Any] = {"partition": partition, "rows": 0, "held": 0, "shapes": "null", "error": None, "sees": sees}
         try:
             require_versions(versions)
-            found = share(batches, recipe_of(static, run).columns, partition)
-            if found is not None:
-                save(folder(run), str(partition), found)
-                told |= {"rows": found.rows, "shapes": json.dumps(shapes(found))}
+            recipe = recipe_of(static, run)
+            found, held = shares(batches, recipe.columns, partition, recipe.watch.holdout)
+            for key, rows, part in ((str(partition), "rows", found), (f"{partition}-held", "held", held)):
+                if part is not None:
+                    save(folder(run), key, part)
+                    told |= {rows: part.rows, "shapes": json.dumps(shapes(part))}
         except Exception as error:
             told["error"] = json.dumps(report(error, f"partition {partition}"))
         yield pa.RecordBatch.from_pylist([told], schema=_TOKEN)
@@ -82,26 +85,15 @@ def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
 
 def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
     """This rank's batches of the round; None where its share is not on this executor."""
-    rows = cached(now.run, rank, lambda: load(folder(now.run), str(rank)))
+    rows = share_of(now.run, rank, str(rank), now.counts[rank])
     if rows is None:
         return None
-    if rows.rows != now.counts[rank]:
-        raise DataError(
-            f"partition {rank} had {now.counts[rank]} rows when training began and {rows.rows} when it was computed again; "
-            "make the DataFrame deterministic (no unseeded rand or limit), or cache it"
-        )
     dealt = cached(now.run, ("deal", rank), dict)  # of one epoch, by its number
     if now.epoch not in dealt:
         dealt.clear()
         dealt[now.epoch] = order(rows.rows, recipe.seed, now.epoch, rank)
     edges = [now.first[rank], *(now.first[rank] + done for done in accumulate(now.batches[rank]))]
     return [rows.take(dealt[now.epoch][a:b]) for a, b in pairwise(edges)]
-
-
-def _replica(recipe: Recipe, shipped: Shipped) -> Replica:
-    found = recipe.blueprint.layout
-    weights = torch.empty(found.n, dtype=found.dtype)
-    return Replica(recipe.blueprint, weights, None, shipped.read().constants, recipe.loss)
 
 
 def _work(
@@ -182,7 +174,7 @@ def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: O
         yield wire.note(wire.EARLY, rank, now.round, None)
         return
     found = recipe.blueprint.layout
-    replica = cached(now.run, "replica", lambda: _replica(recipe, shipped))
+    replica = cached(now.run, "replica", lambda: replica_of(recipe, shipped))
     try:
         window: Window = cached(now.run, ("window", rank), lambda: Window(found.n * found.dtype.itemsize))
     except (OSError, MemoryError) as error:
@@ -239,7 +231,7 @@ def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable
 
 def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Order) -> Keyed:
     found = recipe.blueprint.layout
-    replica = cached(now.run, "replica", lambda: _replica(recipe, shipped))
+    replica = cached(now.run, "replica", lambda: replica_of(recipe, shipped))
     key = "gradient" if now.ask is None else ("gradient", rank)
     gradient = lambda: cached(now.run, key, lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
 

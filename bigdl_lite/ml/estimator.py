@@ -5,8 +5,6 @@ From Params to a Recipe, from a DataFrame to a frame of numWorkers partitions, t
 
 from __future__ import annotations
 
-import copy
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,27 +16,17 @@ from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
 from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
-from bigdl_lite.algorithms import Exchange, Round, method, with_exchange
-from bigdl_lite.algorithms.exchange import is_finite
+from bigdl_lite.algorithms import Exchange, Round
 from bigdl_lite.algorithms.parts import OptimizerFactory, SchedulerFactory, TorchOptimizer
+from bigdl_lite.algorithms.shadow import Average
 from bigdl_lite.data.columns import Column, Decoder
-from bigdl_lite.data.parquet import FILE
-from bigdl_lite.engine.arrange import arrange
-from bigdl_lite.engine.pack import check
-from bigdl_lite.engine.recipe import Engine, Recipe, Start
-from bigdl_lite.engine.spark import ROW, read_columns, select
-from bigdl_lite.errors import BigDLError, DivergedError, RecipeError, UserError, report
-from bigdl_lite.ml.engines import choose
+from bigdl_lite.engine.recipe import Engine
+from bigdl_lite.engine.trigger import Trigger
 from bigdl_lite.ml.head import classifier_kind
-from bigdl_lite.ml.model import TorchClassificationModel, TorchModel, TorchRegressionModel, model_of
-from bigdl_lite.ml.params import HasTraining, check_params, set_given
-from bigdl_lite.ml.resume import about, begin, recovery_of, saving_of
-from bigdl_lite.ml.rows import computed, from_rdd, require_frame
-from bigdl_lite.ml.score import head_of
-from bigdl_lite.model.batchnorm import synchronised
-from bigdl_lite.model.layout import blueprint
-from bigdl_lite.model.replica import ELEMENTWISE_LOSSES, Replica, Squeezed
-from bigdl_lite.observe.progress import Progress
+from bigdl_lite.ml.model import TorchClassificationModel, TorchModel, TorchRegressionModel
+from bigdl_lite.ml.params import HasTraining, set_given
+from bigdl_lite.ml.prepare import prepare
+from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Squeezed, rule_of
 from bigdl_lite.wire.codec import Codec
 
 
@@ -74,6 +62,24 @@ class TorchEstimator(Estimator, HasTraining):
     recoveryInterval  seconds between the states that engine="barrier" keeps at the driver, to go on from where a rank is lost
     maxRecoveries     losses of ranks after which it gives up with an error that says what was lost; 0: at the first
 
+    weightCol         how much each row counts, in training and validation: sums over rows are weighted, and divided by the weights
+    classWeights      "balanced" (costs a job that counts the labels) or a number for each class, for class losses
+    validationFraction, validationIndicatorCol   rows held out: a part of them, drawn by a hash of their values and `seed`, so that
+                      it depends on no layout; or those where a boolean column says so
+    metrics           of the rows held out, beside the loss: names ("accuracy", "auc", "ndcg@10", see METRICS), metrics, or
+                      torchmetrics; they are sums over rows, added over workers and divided once
+    validationTrigger when, every_epoch() if not set; several_steps(100), every_epoch(5), ...
+    monitor, patience, minDelta, restoreBest   the fit ends after more than `patience` validations that are not better by minDelta
+                      in `monitor`; the model has the weights of the best one (not where restoreBest=False, or patience is not set)
+    endTrigger        ends the fit: max_loss(0.1), max_step(1000) | min_metric("val_accuracy", 0.99), ...
+    callbacks         Callback objects, or functions of an event, on the driver; one that returns STOP ends the fit
+    averaging         EMA(decay) or SWA(start): validation sees, and the model has, an average of the weights
+    initialModel      a TorchModel of the same module, whose weights training begins with
+    limitBatches      batches of an epoch at most: a dry run
+    accumulation      forward and backward passes that a worker's part of a batch is divided into: less memory, the same gradient
+    precision         "bf16" or "fp16": forward passes under torch.autocast; weights, gradients and optimizer stay as they are
+    compile           workers run torch.compile(module), which needs a C++ compiler there and pays for long fits
+
     BatchNorm and other buffers, in all engines: each worker normalises with the rows of its own share (as in DDP), and
     after every step a buffer is the mean of the workers' values, weighted by their rows. syncBatchNorm=True takes the
     statistics of the whole batch instead (engines barrier and local).
@@ -97,7 +103,14 @@ class TorchEstimator(Estimator, HasTraining):
         logInterval: int | None = None, predictBatchSize: int | None = None, progress: str | None = None,
         checkpointDir: str | None = None, checkpointInterval: int | None = None, checkpointUnit: str | None = None,
         checkpointKeep: int | None = None, resume: bool | None = None, recoveryInterval: float | None = None,
-        maxRecoveries: int | None = None, deadline: float | None = None, **more: Any,
+        maxRecoveries: int | None = None, deadline: float | None = None,
+        weightCol: str | None = None, classWeights: str | list[float] | None = None,
+        validationIndicatorCol: str | None = None, validationFraction: float | None = None,
+        metrics: list[Any] | None = None, validationTrigger: Trigger | None = None, monitor: str | None = None,
+        patience: int | None = None, minDelta: float | None = None, restoreBest: bool | None = None,
+        endTrigger: Trigger | None = None, callbacks: list[Any] | None = None, averaging: Average | None = None,
+        initialModel: TorchModel | None = None, limitBatches: int | None = None, accumulation: int | None = None,
+        precision: str | None = None, compile: bool | None = None, **more: Any,
     ) -> None:  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "more", "__class__")} | more
         super().__init__()
@@ -106,7 +119,8 @@ class TorchEstimator(Estimator, HasTraining):
             algorithm="sync-sgd", seed=0, optimizer=_adam, schedulerInterval="epoch", syncBatchNorm=False, logInterval=1,
             predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
             checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0, maxRecoveries=3,
-            hierarchical=False,
+            hierarchical=False, metrics=[], monitor="val_loss", minDelta=0.0, callbacks=[], accumulation=1, precision="fp32",
+            compile=False,
         )  # fmt: skip
         unknown = sorted(name for name in more if not self.hasParam(name))
         if unknown:
@@ -114,64 +128,7 @@ class TorchEstimator(Estimator, HasTraining):
         set_given(self, given)
 
     def _fit(self, dataset: DataFrame | RDD[Any]) -> TorchModel:
-        check_params(self)
-        given = self._given
-        maker, loss = given("module"), given("loss")
-        module = _make(maker, given("seed"))
-        if given("syncBatchNorm"):
-            module = synchronised(module)
-        _require_values(module)
-        plan, weights, buffers, constants = _try(lambda: blueprint(module), "copy.deepcopy of the module")
-        start = Start(weights, buffers, constants)
-        inputs, label, decoders = self.getInputCols(), self.getLabelCol(), self.getDecoders()
-        if isinstance(dataset, RDD):
-            with computed():
-                dataset, inputs, label, decoders = from_rdd(dataset)
-        require_frame(dataset)
-        columns = read_columns(select(dataset, [*inputs, label]), inputs, label, plan.layout.dtype, decoders)
-        assert columns.label is not None
-        columns = replace(columns, label=self._target(columns.label, loss, plan.layout.dtype))
-        advance = TorchOptimizer(
-            given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue")
-        )
-        round_ = _try(lambda: method(given("algorithm"), advance), "the algorithm")
-        round_ = _try(lambda: with_exchange(round_, given("exchange"), plan), "the exchange")
-        replica = Replica(plan, weights.clone(), None, constants, loss)
-        _try(lambda: round_.advance.check(replica), "the optimizer or scheduler")
-        loss = self._loss(loss)
-        engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession, round_)
-        if round_.peer is not None:
-            peer = _try(lambda: round_.peer.prepared(plan, replica, round_.advance, p), "the algorithm")
-            round_ = replace(round_, peer=peer)
-        check(module=plan, loss=loss, optimizer=advance, decoders=decoders, exchange=round_.exchange, algorithm=round_.peer)
-        with computed():
-            frame = arrange(dataset, [*inputs, label], p)
-        columns = replace(columns, row=ROW if ROW in frame.columns else None, located=FILE in frame.columns)
-        recipe = Recipe(
-            plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"),
-            given("deadline"), f"{self.uid}-{uuid.uuid4().hex[:8]}", saving_of(self), recovery_of(self, round_, replica),
-            given("maxRecoveries"), given("hierarchical"),
-        )  # fmt: skip
-        start, keeper = begin(self, recipe, start, replica, lambda: about(self._model, recipe, columns, self._kind(loss), maker))
-        before = list(keeper.before) if keeper else []
-        bar = Progress(given("progress"))
-        try:
-            with computed():
-                outcome = engine.fit(frame, recipe, start, bar, *([keeper] if keeper else []))
-        finally:
-            bar.close()
-            if keeper:
-                keeper.close()
-        outcome = replace(outcome, history=[*before, *outcome.history])
-        if not is_finite(outcome.weights):
-            raise DivergedError("the weights are not finite after the last step; lower the learning rate or clip gradients (clipNorm)")
-        trained = Start(outcome.weights, outcome.buffers, start.constants)
-        head = _try(
-            lambda: head_of(self._kind(loss), plan, trained, columns, outcome.shapes), "the module, on rows of zeros in evaluation mode"
-        )
-        model = model_of(self._model, columns, head, plan, start, outcome, maker)
-        model._resetUid(self.uid)
-        return self._copyValues(model)
+        return prepare(self, dataset).run()
 
     def _loss(self, loss: Any) -> Any:
         return loss
@@ -191,41 +148,6 @@ class TorchEstimator(Estimator, HasTraining):
         return label
 
 
-def _require_values(module: nn.Module) -> None:
-    """Raises RecipeError, which names the parameter, where training has no number to begin with."""
-    for name, p in module.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter) or not p.requires_grad:
-            continue
-        if p.is_meta:
-            raise RecipeError(f"parameter {name!r} of the module is on the meta device, which holds no values: make it on the CPU")
-        if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise RecipeError(f"parameter {name!r} of the module is of {p.dtype}, must be of real floats (module.float())")
-        if not is_finite(p.detach()):
-            raise RecipeError(f"parameter {name!r} of the module has NaN or infinity before training")
-
-
-def _make(maker: Any, seed: int) -> nn.Module:
-    """The module with its first weights; the global random state is left as it was."""
-    if isinstance(maker, nn.Module):
-        return _try(lambda: copy.deepcopy(maker), "copy.deepcopy of the module")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = _try(maker, "the function that makes the module")
-    if not isinstance(made, nn.Module):
-        raise RecipeError(f"module() returned {type(made).__name__}, not an nn.Module")
-    return made
-
-
-def _try(call: Callable[[], Any], what: str) -> Any:
-    """The result of code of the user's, run on the driver; its errors look like those from workers."""
-    try:
-        return call()
-    except BigDLError:
-        raise
-    except Exception as error:
-        raise UserError(report(error, f"the driver, in {what}")["message"]) from error
-
-
 class TorchClassifier(TorchEstimator, HasRawPredictionCol, HasProbabilityCol):
     """A TorchEstimator for class labels 0 .. C - 1. The module returns class scores [rows, C], by default logits.
 
@@ -243,7 +165,7 @@ class TorchClassifier(TorchEstimator, HasRawPredictionCol, HasProbabilityCol):
         return Squeezed(loss) if isinstance(loss, nn.BCEWithLogitsLoss | nn.BCELoss) else loss
 
     def _kind(self, loss: Any) -> str:
-        return classifier_kind(loss.loss if isinstance(loss, Squeezed) else loss)
+        return classifier_kind(rule_of(loss))
 
 
 class TorchRegressor(TorchEstimator):

@@ -10,6 +10,7 @@ from pyspark.ml.param.shared import HasInputCols, HasLabelCol, HasPredictionCol,
 
 from bigdl_lite.data.columns import Raw
 from bigdl_lite.errors import RecipeError
+from bigdl_lite.model.replica import PRECISIONS
 
 _MOST_WORKERS = 1 << 16  # each is a task
 _MOST_SECONDS = (2**31 - 1) // 1000  # of a socket's timeout: 32 bits of milliseconds, 24 days
@@ -37,6 +38,11 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):  # pyspark's own converter asks NumPy for what NumPy 2 does not have
         raise TypeError(f"must be a string, got {value!r}")
     return str(value)
+
+
+def _list(value: Any) -> list[Any]:
+    """A list; one thing alone stands for a list of it."""
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _names(value: Any) -> list[str | list[str]]:
@@ -77,6 +83,24 @@ class HasTraining(HasScoring, HasLabelCol, HasSeed):
     optimizer = _param("optimizer", "callable (parameters) -> torch.optim.Optimizer; parameters is a list, and .named a dict")
     scheduler = _param("scheduler", "callable (optimizer) -> a torch learning rate scheduler")
     schedulerInterval = _param("schedulerInterval", "the scheduler steps once per 'step' or 'epoch'", _text)
+    weightCol = _param("weightCol", "the column that says how much each row counts; not set: all alike", _text)
+    classWeights = _param("classWeights", "'balanced', or a number for each class, by which its rows count more or less")
+    validationIndicatorCol = _param("validationIndicatorCol", "a boolean column: whether a row is for validation", _text)
+    validationFraction = _param("validationFraction", "of the rows that are held out for validation, drawn by their values", _float)
+    metrics = _param("metrics", "of the rows held out: names from bigdl_lite.METRICS, metrics, or torchmetrics", _list)
+    validationTrigger = _param("validationTrigger", "when the rows held out are measured; not set: at the ends of epochs")
+    monitor = _param("monitor", "the value that says which weights are better: 'val_loss', 'val_accuracy', ...", _text)
+    patience = _param("patience", "validations without a better value after which the fit ends; not set: it does not", _int)
+    minDelta = _param("minDelta", "by how much a value must be better to count", _float)
+    restoreBest = _param("restoreBest", "whether the model has the weights of the best validation", TypeConverters.toBoolean)
+    endTrigger = _param("endTrigger", "when the fit ends before its epochs are done, max_loss(0.1) | max_step(1000), say")
+    callbacks = _param("callbacks", "bigdl_lite.Callback objects or functions of an event, called on the driver", _list)
+    averaging = _param("averaging", "EMA(decay) or SWA(start): the weights that are validated, and that the model has, are averages")
+    initialModel = _param("initialModel", "a TorchModel whose weights training begins with")
+    limitBatches = _param("limitBatches", "batches of an epoch at most, for a dry run", _int)
+    accumulation = _param("accumulation", "passes that a worker's part of a batch is divided into, to need less memory", _int)
+    precision = _param("precision", "of forward passes: 'fp32', 'bf16' or 'fp16' (torch.autocast)", _text)
+    compile = _param("compile", "whether workers compile the module with torch.compile", TypeConverters.toBoolean)
     batchSize = _param("batchSize", "rows of one step over all workers", _int)
     epochs = _param("epochs", "how often each row is seen", _int)
     seed = _param("seed", "of the first weights, of the order of rows and of dropout", _int)
@@ -136,11 +160,26 @@ def _reads(decoders: Any) -> bool:
     )
 
 
+def _weighs(given: Any) -> bool:
+    numbers = isinstance(given, list | tuple) and given and all(isinstance(x, int | float) and 0 < x < float("inf") for x in given)
+    return bool(numbers) or given == "balanced"
+
+
 # what a value of the right type must be besides; where a name is looked up (engine, algorithm), that is told there
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("batchSize", "epochs", "logInterval", "predictBatchSize", "checkpointInterval", "checkpointKeep"), (_number(1), "at least 1")
+        (
+            "batchSize", "epochs", "logInterval", "predictBatchSize", "checkpointInterval", "checkpointKeep", "limitBatches",
+            "accumulation",
+        ),
+        (_number(1), "at least 1"),
     ),
+    "validationFraction": (lambda part: 0 < part < 1, "above 0 and below 1"),
+    **dict.fromkeys(("patience", "minDelta"), (_number(0), "at least 0")),
+    "precision": (lambda text: text in PRECISIONS, f"one of {', '.join(map(repr, PRECISIONS))}"),
+    **dict.fromkeys(("validationTrigger", "endTrigger"), (callable, "a trigger, such as every_epoch() or max_loss(0.1)")),
+    "averaging": (lambda given: callable(getattr(given, "due", None)), "EMA(...) or SWA(...)"),
+    "classWeights": (_weighs, "'balanced' or a list of numbers above 0"),
     "checkpointUnit": (lambda text: text in ("step", "epoch"), "'step' or 'epoch'"),
     "maxRecoveries": (_number(0), "at least 0"),
     "recoveryInterval": (_number(0), "at least 0 seconds"),

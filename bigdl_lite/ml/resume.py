@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from bigdl_lite.algorithms import Round, durable
+from bigdl_lite.algorithms.shadow import warn_unkept
 from bigdl_lite.data.checkpoint import Checkpoints
 from bigdl_lite.data.columns import Columns
 from bigdl_lite.engine.keeper import Keeper, model_of, start_from
@@ -76,6 +77,8 @@ def begin(
             raise CheckpointError(f"the checkpoint of step {saved.step} is of another model: its buffers differ from this module's")
         start = replace(found, constants=start.constants)
     durable(recipe.round.advance).check_state(replica, start.resume.state if start.resume else None)
+    if start.resume:
+        warn_unkept(recipe.round.advance, start.resume.state)
     return start, Keeper(recipe, store, about, start.constants, lines)
 
 

@@ -8,41 +8,48 @@ backward pass writes straight to where the others will read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigdl_lite.batch import Batch
 from bigdl_lite.errors import DataError, RecipeError
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.layout import Blueprint, read_buffers, write_buffers
+from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Loss, Squeezed, class_rule, rule_of, squeeze, summed, weight_of
 
-Loss = Callable[[Any, Tensor], Tensor]
-
-# these broadcast a [b] target against a [b, 1] output into [b, b] and train nonsense without an error
-ELEMENTWISE_LOSSES = (
-    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
-)  # fmt: skip
-_CLASS_INDEX = (nn.CrossEntropyLoss, nn.NLLLoss)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SCALE = 1024.0  # by which gradients are larger while they are of 16 bits with 5 of exponent
+_LANES = 16
 
 
 @dataclass(frozen=True)
-class Squeezed:
-    """A loss that sees an output of [b, 1] as [b] where the label is [b]."""
+class Compute:
+    """How a replica computes. None of it changes what is computed, beyond rounding (and what BatchNorm sees at a time).
 
-    loss: Loss
+    passes      forward and backward passes that a worker's rows of a step are divided into, to need less memory
+    precision   of the forward pass where torch's autocast allows it: "fp32", "bf16" or "fp16"; weights stay what they are
+    compiled    whether the module goes through torch.compile
+    """
 
-    def __call__(self, output: Any, target: Tensor) -> Tensor:
-        return self.loss(squeeze(output, target), target)
+    passes: int = 1
+    precision: str = "fp32"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.passes < 1:
+            raise RecipeError(f"accumulation is {self.passes}, must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise RecipeError(f"precision is {self.precision!r}, must be one of {', '.join(map(repr, PRECISIONS))}")
 
 
-def squeeze(output: Any, target: Tensor | None) -> Any:
-    fits = isinstance(output, Tensor) and target is not None and output.ndim == 2 and output.shape[1] == 1 and target.ndim == 1
-    return output.squeeze(1) if fits else output
+class Sums(Protocol):
+    """What a metric is to a replica (see model/metrics.py)."""
+
+    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor: ...
 
 
 class Replica:
@@ -52,17 +59,19 @@ class Replica:
     """
 
     def __init__(
-        self, blueprint: Blueprint, weights: Tensor, gradient: Tensor | None, constants: dict[str, Tensor], loss: Loss
-    ) -> None:
-        rule = loss.loss if isinstance(loss, Squeezed) else loss
-        if getattr(rule, "reduction", "mean") == "sum":
-            raise RecipeError(f"{type(rule).__name__} sums over the rows; it must return their mean (reduction='mean')")
+        self, blueprint: Blueprint, weights: Tensor, gradient: Tensor | None, constants: dict[str, Tensor], loss: Loss,
+        compute: Compute | None = None,
+    ) -> None:  # fmt: skip
+        if getattr(rule_of(loss), "reduction", "mean") == "sum":
+            raise RecipeError(f"{type(rule_of(loss)).__name__} sums over the rows; it must return their mean (reduction='mean')")
         self.layout = blueprint.layout
         self.weights = weights
         self.gradient = gradient
         self.loss = loss
+        self.compute = compute or Compute()
         self.module = blueprint.build(weights, constants, gradient).to(weights.device).train()
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self._forward: Callable[..., Any] = torch.compile(self.module) if self.compute.compiled else self.module
         self._meets = any(isinstance(m, SyncBatchNorm) for m in self.module.modules())
 
     @property
@@ -91,43 +100,75 @@ class Replica:
         if not batch.rows and not self._meets:
             return 0.0
         seed_here(self.weights.device, seed)
-        output = self.module(*batch.inputs)
         if not batch.rows:
+            output = self.module(*batch.inputs)
             sum(x.sum() for x in _tensors(output)).mul(0.0).backward()
             return 0.0
+        rows, scale, total = -(-batch.rows // self.compute.passes), 1.0, 0.0
+        if self.compute.precision == "fp16":
+            scale = _SCALE
+        for at in range(0, batch.rows, rows):
+            part = batch if rows == batch.rows else batch.part(at, at + rows)
+            with self._cast():
+                output = self._forward(*part.inputs)
+                self._check(output, part)
+                weight = self.weight(part)
+                loss = summed(self.loss, output, part, weight)
+            if not loss.requires_grad:
+                raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
+            if weight:  # else every row has ignore_index, or counts nothing: the mean over none of them is not a number
+                (loss * scale).backward()
+                total += float(loss.detach())
+        if scale != 1.0:
+            self.gradient.div_(scale)
+        return total
+
+    def _cast(self) -> Any:
+        dtype = PRECISIONS[self.compute.precision]
+        return torch.autocast(self.weights.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def measure(self, batch: Batch, metrics: Sequence[Sums], size: int) -> list[Tensor]:
+        """[the loss summed over the rows of `batch`, what it divides by], and the sums of each metric; vectors of float64.
+
+        The module is in evaluation mode, and sees `size` rows at a time, filled up to a multiple of 16 so that the output of a
+        row does not depend on how many there are. A worker without rows computes on two of zeros, of which nothing counts.
+        """
+        self.module.eval()
+        try:
+            with torch.inference_mode(), self._cast():
+                if not batch.rows:
+                    zeros = tuple(x.new_zeros([2, *x.shape[1:]]) for x in batch.inputs)
+                    assert batch.target is not None
+                    return self._measured(Batch(zeros, batch.target.new_zeros([2, *batch.target.shape[1:]])), metrics, False)
+                parts = [self._measured(batch.part(at, at + size), metrics, True) for at in range(0, batch.rows, size)]
+                return [torch.stack(sums).sum(0) for sums in zip(*parts, strict=True)]
+        finally:
+            self.module.train()
+
+    def _measured(self, batch: Batch, metrics: Sequence[Sums], counts: bool) -> list[Tensor]:
+        k = batch.rows
+        output = first(self.module(*(filled(x, _LANES) for x in batch.inputs)), k)
         self._check(output, batch)
-        loss = self.loss(output, batch.target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise RecipeError(f"the loss returned {got}; it must return one number, the mean over the rows (reduction='mean')")
-        if not loss.requires_grad:
-            raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
-        weight = self.weight(batch)
-        if not weight:  # every row has ignore_index: the mean over none of them is not a number
-            return 0.0
-        (loss * weight).backward()
-        return float(loss.detach()) * weight
+        weight = self.weight(batch) if counts else 0.0
+        loss = float(summed(self.loss, output, batch, weight)) if weight else 0.0
+        each = torch.full([k], float(counts), dtype=torch.float64, device=self.weights.device)
+        if counts and batch.weight is not None:
+            each = batch.weight.double()
+        found = [m.sums(squeeze(output, batch.target), batch.target, each).double().cpu() for m in metrics]
+        return [torch.tensor([loss, weight], dtype=torch.float64), *found]
 
     def weight(self, batch: Batch) -> float:
-        """What the loss divides by to be a mean over this batch.
-
-        The number of rows; for class losses with weights or with rows to ignore, the sum of the weights of the labels that
-        count, so that a mean over parts is the mean over the whole.
-        """
-        rule, target = self.loss, batch.target
-        if not isinstance(rule, _CLASS_INDEX) or target is None or target.is_floating_point() or not batch.rows:
-            return float(batch.rows)
-        counts = target != rule.ignore_index
-        if rule.weight is not None:
-            return float(rule.weight.to(target.device)[target[counts]].sum(dtype=torch.float64))
-        # a label with more dimensions is one row in the mean for each of its values
-        return float(counts.sum())
+        """What the loss divides by to be a mean over this batch: see loss.weight_of."""
+        return weight_of(self.loss, batch)
 
     def weighs(self, share: Batch) -> bool:
         """Whether weight() may be something else than the number of rows for some batch of this share."""
-        rule, target = self.loss, share.target
-        if not isinstance(rule, _CLASS_INDEX) or target is None or target.is_floating_point():
+        rule, target = class_rule(self.loss, share.target), share.target
+        if share.weight is not None:
+            return True
+        if rule is None:
             return False
+        assert target is not None
         return rule.weight is not None or target.ndim > 1 or self.weight(share) != share.rows
 
     def _check(self, output: Any, batch: Batch) -> None:
@@ -147,7 +188,7 @@ class Replica:
                 f"forward returns {list(output.shape)} but the label is {list(target.shape)}, and {type(rule).__name__} "
                 "needs one shape: squeeze or reshape the output (TorchRegressor does it for a single output)"
             )
-        if isinstance(rule, _CLASS_INDEX) and not target.is_floating_point() and output.ndim == 2:
+        if class_rule(self.loss, target) is not None and output.ndim == 2:
             low, high = int(target.min()), int(target.max())
             ignored = rule.ignore_index
             if (low < 0 and low != ignored) or (high >= output.shape[1] and high != ignored):
@@ -167,6 +208,24 @@ def seed_here(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def filled(x: Tensor, lanes: int) -> Tensor:
+    """x [b, ...] with copies of its last row up to a multiple of `lanes` rows: kernels round a few odd rows differently."""
+    missing = -len(x) % lanes
+    return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+
+
+def first(output: Any, rows: int) -> Any:
+    """The output of the first `rows` rows, whatever it is made of."""
+    if isinstance(output, Tensor):
+        return output[:rows] if output.ndim else output
+    if isinstance(output, dict):
+        return {name: first(x, rows) for name, x in output.items()}
+    if isinstance(output, tuple | list):
+        parts = [first(x, rows) for x in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output
 
 
 def _tensors(output: Any) -> list[Tensor]:
