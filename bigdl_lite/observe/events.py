@@ -68,7 +68,10 @@ class StepEnded:
 
 @dataclass(frozen=True)
 class EpochEnded:
-    """The line of an epoch: sums of its steps, and their mean loss. more has "val_loss" where a validation fell on its end."""
+    """The line of an epoch: sums of its steps, and their mean loss. more has "val_loss" where a validation fell on its end.
+
+    done  steps of the fit by then
+    """
 
     epoch: int
     steps: int
@@ -80,6 +83,7 @@ class EpochEnded:
     data_s: float
     bytes_sent: int
     more: Mapping[str, Any] = field(default_factory=dict)
+    done: int = 0
     run: str = ""
 
 
@@ -126,7 +130,7 @@ def event_of(line: Mapping[str, Any]) -> Event | None:
 
 
 def _made(kind: type[Any], line: Mapping[str, Any]) -> Any:
-    own = {f.name for f in fields(kind)} - {"more", "run"}
+    own = {f.name for f in fields(kind)} - {"more", "done", "run"}
     return kind(**{key: line[key] for key in own}, more={key: value for key, value in line.items() if key not in own})
 
 
@@ -175,20 +179,22 @@ class Callbacks:
             engine.fit(..., told)
             told.ended(history, model)
 
+    done         steps before the epoch that the fit begins in, where it goes on from a checkpoint
     stop, why    whether some callback asked to end the fit, and what the first of them said
     """
 
     def __init__(
         self, callbacks: Sequence[Callback | Callable[[Event], Any]] = (), run: str = "", engine: str = "", workers: int = 0,
-        params: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None, done: int = 0,
     ) -> None:  # fmt: skip
         check_callbacks(callbacks)
         self.stop, self.why = False, ""
         self._callbacks, self._run = list(callbacks), run
-        self._facts = {"engine": engine, "workers": workers, "params": dict(params or {})}
+        self._facts: dict[str, Any] = {"engine": engine, "workers": workers, "params": dict(params or {})}
         self._broken: set[int] = set()
         self._lock, self._began = threading.RLock(), time.monotonic()
         self._started, self._over, self._epoch = False, False, 0
+        self._done, self._steps = done, dict[int, int]()  # the steps of each epoch that has ended
 
     def __enter__(self) -> Callbacks:
         self._began = time.monotonic()
@@ -235,6 +241,9 @@ class Callbacks:
             self._started, event = True, replace(event, **self._facts)
         elif isinstance(event, StepEnded):
             self._epoch = event.epoch
+        elif isinstance(event, EpochEnded):
+            self._steps[event.epoch] = event.steps  # again, perhaps, after the loss of a rank
+            event = replace(event, done=self._done + sum(n for epoch, n in self._steps.items() if epoch <= event.epoch))
         elif isinstance(event, Validated):
             event = replace(event, epoch=self._epoch)
         last = isinstance(event, FitEnded | FitFailed)

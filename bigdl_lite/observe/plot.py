@@ -37,6 +37,7 @@ def plot(summary: Summary, path: Any = None) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'bigdl_lite[plot]'") from error
     if not summary.history:
@@ -50,9 +51,8 @@ def plot(summary: Summary, path: Any = None) -> Any:
             self.savefig(buffer, format="png", dpi=self.dpi)
             return buffer.getvalue()
 
-    figure = Picture(figsize=(11, 5.6), dpi=110, layout="constrained")
+    figure = Picture(figsize=(11, 5.6), dpi=110, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.04))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.04)
     names = list(dict.fromkeys(key for line in summary.validationHistory for key in line if key not in ("step", "val_loss")))
     grid = figure.add_gridspec(1, 2, width_ratios=[1.1, 1])
     left = grid[0].subgridspec(2, 1, height_ratios=[4, 1])

@@ -84,6 +84,16 @@ def test_the_epoch_of_a_validation_is_known_where_steps_are_thinned_away():
     assert [e.epoch for e in notes.heard if isinstance(e, Validated)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("before", [0, 30])
+def test_an_epoch_is_told_with_the_steps_done_by_then(before):
+    notes = Notes()
+    told = Callbacks([notes], done=before)
+    ends = [line for line in history(epochs=3, steps=5) if "step" not in line]
+    for line in [*ends[:2], start(), *ends[1:]]:  # the second is told twice, as after the loss of a rank
+        told(line)
+    assert [e.done - before for e in notes.heard if isinstance(e, EpochEnded)] == [5, 10, 10, 15]
+
+
 def test_a_fit_that_begins_again_after_a_loss_is_one_fit():
     notes = Notes()
     told = Callbacks([notes])

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import re
-import subprocess
 import sys
 
 import pytest
 
 from bigdl_lite.observe.events import Callbacks
 from bigdl_lite.observe.progress import Progress
-from tests.conftest import ROOT
 from tests.observe.made import history, start
 
 tqdm = pytest.importorskip("tqdm", reason="a bar needs tqdm: pip install 'bigdl_lite[local]'")
@@ -105,25 +102,3 @@ def test_auto_is_a_bar_only_where_someone_may_look(monkeypatch):
 def test_without_tqdm_there_is_a_log(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     assert Progress("bar")._mode == "log"
-
-
-def test_a_notebook_without_widgets_gets_a_plain_bar_and_no_warning():
-    """What tqdm.auto does there: it says so with a warning, in red, and writes text."""
-    code = (
-        "import sys, types, warnings, json\n"
-        "from IPython.core import getipython\n"
-        "getipython.get_ipython = lambda: types.SimpleNamespace(config={'IPKernelApp': {}})\n"
-        "import IPython; IPython.get_ipython = getipython.get_ipython\n"
-        "sys.modules['ipywidgets'] = None\n"
-        "told = []\n"
-        "warnings.showwarning = lambda message, *more: told.append(str(message))\n"
-        "FIRST\n"
-        "from tqdm.auto import tqdm\n"
-        "print(json.dumps([len([x for x in told if 'IProgress' in x]), tqdm.__module__]))\n"
-    )
-    ours, theirs = (
-        subprocess.run([sys.executable, "-c", code.replace("FIRST", first)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-        for first in ("from bigdl_lite.observe.progress import Progress; Progress('bar')", "")
-    )
-    assert json.loads(ours.stdout) == [0, "tqdm.asyncio"], ours.stderr
-    assert json.loads(theirs.stdout)[0] == 1, theirs.stderr  # so there was something to be silent about
