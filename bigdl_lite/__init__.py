@@ -26,6 +26,7 @@ _WHERE = {
     "GradiVeQ": "algorithms.gradiveq",
     "HitRatio": "model.ranking",
     "MAE": "model.sums",
+    "MLflow": "observe.mlflow",
     "MSE": "model.sums",
     "Mean": "model.sums",
     "MinMax8": "wire.lossy",
@@ -39,10 +40,12 @@ _WHERE = {
     "Raw": "data.columns",
     "Recall": "model.classes",
     "S2": "algorithms.rows",
-    "STOP": "observe.events",
     "SWA": "algorithms.means",
     "ShuffleEngine": "engine.shuffle",
     "Sign": "wire.lossy",
+    "Stop": "observe.events",
+    "Summary": "observe.summary",
+    "TensorBoard": "observe.tensorboard",
     "TopK": "wire.sparse",
     "TorchClassifier": "ml.estimator",
     "TorchEstimator": "ml.estimator",
@@ -72,12 +75,12 @@ _WHERE = {
 }
 
 __all__ = [
-    "AUC", "AUCPR", "EMA", "F1", "MAE", "MSE", "NDCG", "QSGD", "R2", "RMSE", "S2", "STOP", "SWA", "Accuracy", "BFloat16",
-    "BarrierEngine", "Callback", "Choco", "Coded", "Difference", "Float16", "GradiVeQ", "HitRatio", "Mean", "MinMax8", "PowerSGD",
-    "Precision", "RandomK", "Raw", "Recall", "ShuffleEngine", "Sign", "TopK", "TorchClassifier", "TorchEstimator", "TorchMetric",
-    "TorchModel", "TorchRegressor", "UnionRows", "async_average", "backup_workers", "bounded_staleness", "decay_groups",
-    "every_epoch", "gossip", "local_session", "local_sgd", "max_epoch", "max_loss", "max_step", "metric_of", "min_metric", "pipe_sgd",
-    "qadam", "qg_dadam", "qg_dsgdm", "several_steps", "within",
+    "AUC", "AUCPR", "EMA", "F1", "MAE", "MSE", "NDCG", "QSGD", "R2", "RMSE", "S2", "SWA", "Accuracy", "BFloat16", "BarrierEngine",
+    "Callback", "Choco", "Coded", "Difference", "Float16", "GradiVeQ", "HitRatio", "MLflow", "Mean", "MinMax8", "PowerSGD",
+    "Precision", "RandomK", "Raw", "Recall", "ShuffleEngine", "Sign", "Stop", "Summary", "TensorBoard", "TopK", "TorchClassifier",
+    "TorchEstimator", "TorchMetric", "TorchModel", "TorchRegressor", "UnionRows", "async_average", "backup_workers",
+    "bounded_staleness", "decay_groups", "every_epoch", "gossip", "local_session", "local_sgd", "max_epoch", "max_loss", "max_step",
+    "metric_of", "min_metric", "pipe_sgd", "qadam", "qg_dadam", "qg_dsgdm", "several_steps", "within",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -107,7 +110,10 @@ if TYPE_CHECKING:
     from bigdl_lite.model.ranking import AUC, AUCPR, NDCG, HitRatio
     from bigdl_lite.model.sums import MAE, MSE, R2, RMSE, Mean
     from bigdl_lite.model.torchmetric import TorchMetric
-    from bigdl_lite.observe.events import STOP, Callback
+    from bigdl_lite.observe.events import Callback, Stop
+    from bigdl_lite.observe.mlflow import MLflow
+    from bigdl_lite.observe.summary import Summary
+    from bigdl_lite.observe.tensorboard import TensorBoard
     from bigdl_lite.wire.codec import BFloat16, Float16
     from bigdl_lite.wire.lossy import QSGD, MinMax8, Sign
     from bigdl_lite.wire.sparse import RandomK, TopK

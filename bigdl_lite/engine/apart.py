@@ -126,7 +126,7 @@ class _Fit:
                 self._report(until)
                 until = self._until()
         buffers = read_buffers(self.replica.module, self.replica.layout)
-        return Outcome(self.mean, buffers, self.history.lines, shapes=shapes(self.share))
+        return Outcome(self.mean, buffers, self.history.lines, shapes=shapes(self.share), shares=list(self.counts))
 
     def _until(self) -> int:
         """The step before which the next report is."""

@@ -232,7 +232,7 @@ def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None) -> Outc
     if rest is None or got != (0 if result else len(data)):
         raise PeerLost(f"{got} of {len(data)} bytes of weights came back; see the executors' logs")
     buffers = torch.tensor([float.fromhex(x) for x in rest["buffers"]], dtype=torch.float64)
-    return Outcome(weights, buffers, rest["history"], BarrierEngine.name, rest["shapes"])
+    return Outcome(weights, buffers, rest["history"], BarrierEngine.name, rest["shapes"], rest["shares"])
 
 
 def _task(packed: bytes, way: _Way) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
@@ -328,5 +328,6 @@ def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
         for part, at in enumerate(range(0, len(data), _PART)):
             yield _row("weights", 0, data[at : at + _PART], part)
     # hexadecimal floats: JSON has no NaN, and the bits must survive
-    rest = {"history": outcome.history, "shapes": outcome.shapes, "buffers": [x.hex() for x in outcome.buffers.tolist()]}
+    rest = {"history": outcome.history, "shapes": outcome.shapes, "shares": outcome.shares}
+    rest |= {"buffers": [x.hex() for x in outcome.buffers.tolist()]}
     yield _row("rest", 0, json.dumps(rest).encode())

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import torch
@@ -110,7 +111,7 @@ class _Threads:
                 counts = [x.rows for x in self.shares]
                 outcome = train(self.shares[r], counts, self.recipe, self.start, meeting, self.observer, self.keep, self.held[r])
                 if r == 0:
-                    self.outcome = Outcome(outcome.weights.clone(), outcome.buffers, outcome.history, LocalEngine.name, outcome.shapes)
+                    self.outcome = replace(outcome, weights=outcome.weights.clone(), engine=LocalEngine.name)
             except BaseException as error:
                 self.errors[r] = error
                 meeting.fail()

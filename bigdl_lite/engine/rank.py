@@ -98,7 +98,7 @@ class _Rank:
         if self.judge.buffers is not None:
             self.replica.buffers = self.judge.buffers
         buffers = read_buffers(self.replica.module, self.replica.layout)
-        return Outcome(self.block.weights, buffers, self.history.lines, shapes=shapes(self.share))
+        return Outcome(self.block.weights, buffers, self.history.lines, shapes=shapes(self.share), shares=list(self.counts))
 
     def _finish(self) -> None:
         """The weights that the model gets: the best where they are kept, or the averaged ones."""

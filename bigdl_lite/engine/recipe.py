@@ -215,7 +215,8 @@ class Outcome:
     validation: validation (steps done), val_loss and the other values, seconds; values at its end are in the line of an epoch too
     A step is a round: one batch, or several with local SGD. seconds are wall time; compute_s and data_s those of the slowest
     rank; sync_s is the rest, and sync_ratio is sync_s / compute_s (0 where nothing was computed). bytes_sent counts the
-    payload that all workers sent to other nodes, or into the shuffle. shapes: of one row in each column of the recipe.
+    payload that all workers sent to other nodes, or into the shuffle. shapes: of one row in each column of the recipe; shares:
+    rows of each worker.
     """
 
     weights: Tensor
@@ -223,6 +224,7 @@ class Outcome:
     history: list[dict[str, Any]] = field(default_factory=list)
     engine: str = ""
     shapes: list[list[int]] = field(default_factory=list)
+    shares: list[int] = field(default_factory=list)
 
 
 def dealt(recipe: Recipe, counts: Any, now: Position) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class _Rounds:
             if self.window is not None:
                 self.window.close()
             self._clean(tokens)
-        return Outcome(self.weights, self.buffers, self.history.lines, ShuffleEngine.name, found)
+        return Outcome(self.weights, self.buffers, self.history.lines, ShuffleEngine.name, found, list(counts))
 
     def _after(self, now: Position, epoch: int, mean: float, ground: Ground, found: Shapes) -> None:
         """What is due between two rounds: validation, the end of an epoch, a checkpoint."""

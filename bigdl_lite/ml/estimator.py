@@ -72,7 +72,7 @@ class TorchEstimator(Estimator, HasTraining):
     monitor, patience, minDelta, restoreBest   the fit ends after more than `patience` validations that are not better by minDelta
                       in `monitor`; the model has the weights of the best one (not where restoreBest=False, or patience is not set)
     endTrigger        ends the fit: max_loss(0.1), max_step(1000) | min_metric("val_accuracy", 0.99), ...
-    callbacks         Callback objects, or functions of an event, on the driver; one that returns STOP ends the fit
+    callbacks         Callback objects, or functions of an event, on the driver; one that returns Stop() ends the fit
     averaging         EMA(decay) or SWA(start): validation sees, and the model has, an average of the weights
     initialModel      a TorchModel of the same module, whose weights training begins with
     limitBatches      batches of an epoch at most: a dry run

@@ -24,6 +24,7 @@ from bigdl_lite.ml.params import HasScoring, check_params
 from bigdl_lite.ml.rows import require_frame
 from bigdl_lite.ml.score import Scorer, module_of, score
 from bigdl_lite.model.layout import Blueprint, blueprint
+from bigdl_lite.observe.summary import Summary
 
 
 class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
@@ -49,6 +50,12 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         self._shipped: Shipped | None = None
         self._saved: dict[str, Any] | None = None  # model.json, for a model that was loaded
         self.history, self.engine = history or [], engine
+        self._facts: dict[str, Any] = {}  # of the fit, beside the history; none for a model that was loaded
+
+    @property
+    def summary(self) -> Summary:
+        """What the fit came to: losses, the best validation, where the time went; summary.plot() draws it, summary.report says it."""
+        return Summary(self.history, self.engine, **self._facts)
 
     @property
     def module(self) -> nn.Module:

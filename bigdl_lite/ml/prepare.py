@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,11 +31,13 @@ from bigdl_lite.ml.params import check_params
 from bigdl_lite.ml.resume import about, begin, recovery_of, saving_of
 from bigdl_lite.ml.rows import computed, from_rdd, require_frame
 from bigdl_lite.ml.score import head_of
-from bigdl_lite.ml.watching import Ears, watch_of, weighted_by_class
+from bigdl_lite.ml.watching import ears_of, watch_of, weighted_by_class
 from bigdl_lite.model.batchnorm import synchronised
 from bigdl_lite.model.layout import Blueprint, blueprint
 from bigdl_lite.model.loss import by_row
 from bigdl_lite.model.replica import Compute, Replica
+
+_LOG = logging.getLogger("bigdl_lite")
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,20 @@ class Job:
             estimator, recipe, self.start, self.replica, lambda: about(estimator._model, recipe, columns, kind, self.maker)
         )
         before = list(keeper.before) if keeper else []
-        with Ears(estimator, recipe, self.engine) as ears:
+        with ears_of(estimator, recipe, self.engine, start) as told:
             try:
                 with computed():
-                    outcome = self.engine.fit(self.frame, recipe, start, ears, *([keeper] if keeper else []))
+                    outcome = self.engine.fit(self.frame, recipe, start, told, *([keeper] if keeper else []))
             finally:
                 if keeper:
                     keeper.close()
             model = self.model(replace(outcome, history=[*before, *outcome.history]))
-            ears.ended(model, len(before))
+            model._facts = {
+                "workers": recipe.num_workers, "seconds": told.seconds, "shares": outcome.shares, "before": len(before),
+                "monitor": recipe.watch.monitor, "higher": recipe.watch.higher,
+            }  # fmt: skip
+            told.ended(model.history, model)
+        _LOG.info("%s", model.summary.report)
         return model
 
     def model(self, outcome: Outcome) -> TorchModel:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 
 from bigdl_lite.data.columns import Column
 from bigdl_lite.data.holdout import Holdout
-from bigdl_lite.engine.recipe import Engine, Event, Recipe
+from bigdl_lite.engine.recipe import Engine, Recipe, Start
 from bigdl_lite.engine.watch import Watch
 from bigdl_lite.errors import DataError, RecipeError
 from bigdl_lite.ml.head import classifier_kind
@@ -22,7 +20,6 @@ from bigdl_lite.model.loss import balanced, rule_of
 from bigdl_lite.model.metrics import metric_of
 from bigdl_lite.observe.events import Callbacks
 from bigdl_lite.observe.progress import Progress
-from bigdl_lite.observe.summary import Summary
 
 _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss, nn.BCELoss)
 
@@ -80,37 +77,8 @@ def _counted(dataset: DataFrame, label: str) -> list[float]:
     return balanced([counts.get(float(i), 0) for i in range(int(max(counts, default=-1)) + 1)])
 
 
-class Ears:
-    """The observer of a fit: the bar, then the callbacks; and the summary of it in the end."""
-
-    def __init__(self, estimator: Any, recipe: Recipe, engine: Engine) -> None:
-        self._bar = Progress(estimator._given("progress"))
-        params = {p.name: value for p, value in estimator.extractParamMap().items() if isinstance(value, str | int | float | bool)}
-        self._engine, self._recipe = engine.name, recipe
-        self._callbacks = Callbacks(estimator._given("callbacks"), recipe.run, engine.name, recipe.num_workers, params)
-        self._began = time.monotonic()
-
-    def __call__(self, event: Event) -> None:
-        self._bar(event)
-        self._callbacks(event)
-
-    def asked(self) -> bool:
-        """Whether a callback wants the fit to end."""
-        return self._callbacks.stop
-
-    def __enter__(self) -> Ears:
-        self._began = time.monotonic()
-        self._callbacks.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.close()
-        self._callbacks.__exit__(kind, error, trace)
-
-    def ended(self, model: Any, before: int) -> None:
-        """before: lines of the history that an earlier fit made, which this one went on from."""
-        recipe, seconds = self._recipe, time.monotonic() - self._began
-        model.summary = Summary(
-            model.history, self._engine, recipe.num_workers, seconds, (), before, recipe.watch.monitor, recipe.watch.higher
-        )
-        self._callbacks.ended(model.history, model)
+def ears_of(estimator: Any, recipe: Recipe, engine: Engine, start: Start) -> Callbacks:
+    """Who hears of a fit: the bar, then the callbacks."""
+    params = {p.name: value for p, value in estimator.extractParamMap().items() if isinstance(value, str | int | float | bool)}
+    callbacks = [Progress(estimator._given("progress")), *estimator._given("callbacks")]
+    return Callbacks(callbacks, recipe.run, engine.name, recipe.num_workers, params, start.now.step - start.now.at)

@@ -196,6 +196,10 @@ class Callbacks:
         self._started, self._over, self._epoch = False, False, 0
         self._done, self._steps = done, dict[int, int]()  # the steps of each epoch that has ended
 
+    def asked(self) -> bool:
+        """Whether the fit is to end; an engine looks at the ends of epochs and after validations."""
+        return self.stop
+
     def __enter__(self) -> Callbacks:
         self._began = time.monotonic()
         try:

@@ -14,7 +14,7 @@ from bigdl_lite import TorchClassifier, TorchEstimator, TorchRegressor
 from bigdl_lite.algorithms.shadow import EMA, SWA
 from bigdl_lite.engine.trigger import every_epoch, max_loss, max_step, min_metric, several_steps
 from bigdl_lite.errors import DataError, RecipeError
-from bigdl_lite.observe.events import STOP, Callback, EpochEnded, StepEnded, Validated
+from bigdl_lite.observe.events import Callback, EpochEnded, StepEnded, Stop, Validated
 from tests.conftest import flat, frame, mlp, problem, uneven
 
 ENGINES = ("local", "shuffle", "barrier")
@@ -140,7 +140,7 @@ def test_a_callback_hears_a_fit_and_ends_it(rows: Any, engine: str) -> None:
 
     class Enough(Callback):
         def on_epoch(self, event: EpochEnded) -> Any:
-            return STOP if event.epoch == 1 else None
+            return Stop() if event.epoch == 1 else None
 
     model = classifier(engine, epochs=9, validationFraction=0.25, callbacks=[heard.append, Enough()]).fit(rows)
     kinds = [type(event).__name__ for event in heard]
