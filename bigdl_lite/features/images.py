@@ -90,7 +90,7 @@ class Image:
             raise DataError(f"{shape} cannot be decoded as a picture: {error}") from error
         h, w = self.size
         picture = picture.resize((w, h), PIL.Image.Resampling.BILINEAR, self._box(*picture.size))
-        x = np.asarray(picture, np.float32).reshape(h, w, self.channels) * np.float32(self.scale)
+        x: np.ndarray = np.asarray(picture, np.float32).reshape(h, w, self.channels) * np.float32(self.scale)
         if self.mean is not None:
             x = x - np.asarray(self.mean, np.float32)
         if self.std is not None:

@@ -15,6 +15,8 @@ from pyspark.sql import functions as F
 
 from bigdl_lite import features
 
+pytestmark = pytest.mark.timeout(240)  # the first of them starts the Python workers
+
 ROOMS = ["embed", "encoder", "images", "net", "recommend", "sequences", "text"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyspark.sql import functions as F
 
 from bigdl_lite.errors import DataError, RecipeError, WireError
 from bigdl_lite.features import Vocabulary, token_ids
@@ -65,6 +66,13 @@ def test_ids_are_those_of_plain_python(df: Any, vocabulary: Vocabulary, length: 
         assert row.ids == expected and row.mask == [float(id != 0) for id in expected]
     assert any(1 in row.ids for row in rows if row.ids)  # something was unknown
     assert dict(token_ids(df, "text", small, 4, mask="mask").dtypes)["ids"] == "array<bigint>"
+
+
+def test_a_spark_without_arrow_functions_finds_the_same(df: Any, vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = sorted(token_ids(df, "text", vocabulary, 4, mask="mask").collect())
+    monkeypatch.delattr(F, "arrow_udf", raising=False)
+    made = token_ids(df, "text", vocabulary, 4, mask="mask")
+    assert sorted(made.collect()) == direct and "Arrow" in made._jdf.queryExecution().executedPlan().toString()
 
 
 def test_arrays_of_words_are_taken_as_they_are_and_null_words_are_unknown(spark: Any) -> None:
