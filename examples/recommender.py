@@ -31,6 +31,7 @@ from pyspark.sql import functions as F
 from torch import Tensor, nn
 
 from bigdl_lite import TorchEstimator, TorchModel, local_session
+from bigdl_lite.features import negative_samples
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,11 @@ def split(interactions: DataFrame) -> tuple[DataFrame, DataFrame]:
 
 
 def examples(train: DataFrame, items: int, negatives: int) -> DataFrame:
-    """(user, item, label float): each interaction, and `negatives` items that this user has not met.
+    """(user, item, label float): each interaction, and up to `negatives` items that this user has not met.
 
-    A draw that hits an interaction is dropped, not repeated: a few percent fewer negatives, and one join less.
     The held-out item may be drawn: if it were spared, its absence would tell the net about the test.
     """
-    met = train.withColumn("label", F.lit(1.0).cast("float"))
-    not_met = unseen(draw(train, negatives, items, salt=1), train).withColumn("label", F.lit(0.0).cast("float"))
-    return met.unionByName(not_met)
+    return negative_samples(train, "user", "item", negatives, seed=1, items=items)
 
 
 # ---- the net ---------------------------------------------------------------------------------------------------------

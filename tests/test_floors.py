@@ -24,19 +24,19 @@ FLOORS = {
     "comm": 2, "compression": 2, "coding": 2, "graph": 2,
     "algorithms": 3, "embedding": 3, "parallel": 3,
     "engine": 4, "plan": 4, "observe": 4,
-    "ml": 5, "testing": 5,
+    "ml": 5, "testing": 5, "features": 5,
     "__init__": 6,  # the front door sees every floor, and nobody inside goes through it
 }  # fmt: skip
 GROUND_FILES = {"vector", "batch", "errors"}  # they share one folder: the package's own
 
 # the files (or folders, with a slash) through which an outside library may be reached
 _WITH_SPARK = ("spark", "arrange", "direct", "barrier", "hall", "shuffle", "routes", "shipped", "pack", "session", "daemon", "worker")
-SPARK = {f"engine/{name}.py" for name in _WITH_SPARK} | {"ml/", "testing/skew.py"}
+SPARK = {f"engine/{name}.py" for name in _WITH_SPARK} | {"ml/", "features/", "testing/skew.py"}
 DOORS = {
     "pyspark": SPARK,
     "py4j": SPARK,
     "torch.distributed": {"comm/group.py"},
-    "pyarrow": {"data/", "engine/", "ml/"},
+    "pyarrow": {"data/", "engine/", "ml/", "features/"},
     "pickling": {"engine/pack.py"},
 }
 PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg"}
