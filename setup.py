@@ -16,6 +16,7 @@ TEST = [
 
 # What callbacks and plots ask for; mlflow itself would pin pyarrow.
 EXTRAS = {
+    "images": ["pillow>=10"],
     "plot": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboard>=2.14"],
     "mlflow": ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.10"],

@@ -220,6 +220,8 @@ def _decoded(array: pa.Array, column: Column, where: str) -> Tensor:
         return torch.from_numpy(flat.view(decoder.dtype).reshape(len(array), *decoder.shape).copy())
     try:
         made = [decoder(value.as_py()) for value in array]
+    except DataError as error:
+        raise DataError(f"{error} ({where}, in the decoder of column {column.name!r})") from error
     except Exception as error:
         raise UserError(report(error, f"{where}, in the decoder of column {column.name!r}")["message"]) from error
     rows = [_array(x, column, where) for x in made]
