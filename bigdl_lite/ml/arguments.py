@@ -79,7 +79,7 @@ def _dense(array: pa.StructArray, name: str) -> pa.Array:
     """ml vectors [B] of one size n as lists of n doubles."""
     fields = dict(zip((field.name for field in array.type), array.flatten(), strict=True))  # a null vector is a null in each
     kind, size, indices, values = (fields[name] for name in ("type", "size", "indices", "values"))
-    if array.null_count or not np.any(kind.to_numpy(zero_copy_only=False) == 0):
+    if values.null_count or not np.any(kind.to_numpy(zero_copy_only=False) == 0):
         return values
     rows, sizes = [], set()
     for i in range(len(array)):

@@ -3,7 +3,8 @@
     partition  ->  forward, a batch at a time  ->  sums of each metric [k] float64  ->  one row  ->  driver: + in partition order
 
 One Spark job. A task holds one record batch and its outputs, never its share of the rows. How the rows are dealt to partitions
-changes only the order in which float64 are added.
+changes only the order in which float64 are added (1e-12), and what the module's own arithmetic makes of a row's place in its batch:
+1e-7 in float32, nothing in a module of float64.
 
     b  rows of one forward pass      k  sums of a metric
 """

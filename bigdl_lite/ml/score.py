@@ -186,8 +186,9 @@ def _udf(task: Callable[..., Any], sql_type: str, width: int) -> Callable[..., C
 
 
 def _from_pandas(values: Any) -> pa.Array:
-    if len(values) and hasattr(values.iloc[0], "toArray"):  # ml vectors
-        values = values.map(lambda v: v if v is None else v.toArray())
+    """What Spark hands to a pandas function as one argument; an ml vector, like any struct, comes as a frame of its fields."""
+    if hasattr(values, "columns"):
+        return pa.StructArray.from_arrays([_from_pandas(values[name]) for name in values.columns], list(values.columns))
     return pa.Array.from_pandas(values)
 
 
