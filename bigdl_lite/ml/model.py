@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pyspark.ml import Model
 from pyspark.ml.functions import array_to_vector
 from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
 from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from torch import nn
 
 from bigdl_lite.data.columns import Columns
 from bigdl_lite.engine.recipe import Outcome, Start
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import read_columns, select
+from bigdl_lite.engine.spark import on_this_machine, read_columns, select
 from bigdl_lite.errors import RecipeError
-from bigdl_lite.ml.head import Head
+from bigdl_lite.ml.head import Head, Heads
 from bigdl_lite.ml.params import HasScoring, check_params
 from bigdl_lite.ml.rows import require_frame
-from bigdl_lite.ml.score import Scorer, module_of, score
+from bigdl_lite.ml.score import Scorer, function, module_of, require_cuda, score
 from bigdl_lite.model.layout import Blueprint, blueprint
 from bigdl_lite.observe.summary import Summary
+
+if TYPE_CHECKING:
+    from bigdl_lite.ml.evaluate import Metric
 
 
 class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
@@ -39,12 +43,14 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
     engine: str
 
     def __init__(
-        self, columns: Columns | None = None, head: Head | None = None, plan: Blueprint | None = None, start: Start | None = None,
-        history: list[dict[str, Any]] | None = None, engine: str = "", made_by: Any = None,
+        self, columns: Columns | None = None, head: Head | Heads | None = None, plan: Blueprint | None = None,
+        start: Start | None = None, history: list[dict[str, Any]] | None = None, engine: str = "", made_by: Any = None,
+        shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._setDefault(predictionCol="prediction", predictBatchSize=1024, decoders={})
+        self._setDefault(predictionCol="prediction", predictBatchSize=1024, decoders={}, labelCol="label", device="auto")
         self._columns, self._head, self._plan, self._start = columns, head, plan, start
+        self._shapes = shapes  # of one row in each input column; None where that was not saved
         self._made_by = made_by  # the function or class that makes the module, for save()
         self._module: nn.Module | None = None
         self._shipped: Shipped | None = None
@@ -89,12 +95,68 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         scorer = self._scorer()
         self._require_readable(dataset, scorer.columns)
         column = f"__bigdl_lite_{uuid.uuid4().hex}"  # the name of no column
-        scored = dataset.withColumn(column, score(dataset, scorer, self._ship(dataset)))
+        scored = dataset.withColumn(column, score(dataset, scorer, self._ship(dataset.sparkSession)))
         return self._spread(scored, F.col(column)).drop(column)
 
     def _spread(self, scored: DataFrame, result: Any) -> DataFrame:
+        outputs = self._outputs()
+        if outputs is not None:
+            return scored.withColumns({column: result[name] for name, column in outputs.items()})
         name = self.getPredictionCol()
         return scored.withColumn(name, result) if name else scored
+
+    def _outputs(self) -> dict[str, str] | None:
+        """outputCols as {output: column}; None where it is not set."""
+        given = self._given("outputCols")
+        if given is None:
+            return None
+        outputs = given if isinstance(given, dict) else {name: name for name in given}
+        if len({column.lower() for column in outputs.values()}) < len(given):
+            raise RecipeError(f"outputCols must name columns that differ, it is {given}")
+        return outputs
+
+    def udf(self) -> Any:
+        """The model as a function of columns: model.udf()("features"), or spark.udf.register("score", model.udf()) and then in
+        SQL: SELECT score(features) FROM t.
+
+        takes    a column for each argument of forward: a number, an array, binary (with the model's decoders), an ml vector. For
+                 columns that were named together, inputCols=[["a", "b"], "image"], either one array, score(array(a, b), image),
+                 or each by itself, score(a, b, image)
+        returns  what the module's output is: double, array<float>, or a struct of named outputs (those of outputCols, where it is
+                 set, under the names of the columns); of a classifier a struct of raw, probability and prediction
+
+        The weights are sent to the executors of the active session here, once for all uses. Before Spark 4.1, whose functions have
+        no Arrow columns, values travel as pandas Series.
+        """
+        scorer = self._scorer()
+        outputs = self._outputs()
+        if outputs is not None:
+            scorer = replace(scorer, head=scorer.head.renamed(outputs))
+        return function(scorer, self._ship(SparkSession.builder.getOrCreate()))
+
+    def evaluate(
+        self, dataset: DataFrame, metrics: str | Metric | Sequence[str | Metric] = (), labelCol: str | None = None,
+        weightCol: str | None = None, loss: Any = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """How good the model is on the rows of dataset: {name of the metric: its value}, in one Spark job. See ml/evaluate.py.
+
+        metrics    names ("accuracy", "auc", "mse", ...) or values of your own with `name`, `sums` and `value`
+        labelCol   of the targets, by default that of the model; weightCol: of the weight of each row, by default 1
+        loss       (output, target) -> the mean over the rows; adds "loss". That of torch's classes is taken in float64
+        """
+        from bigdl_lite.ml.evaluate import evaluate
+
+        return evaluate(self, dataset, metrics, labelCol, weightCol, loss)
+
+    def export(self, path: str, format: str = "onnx", shapes: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Writes the module as a program that needs no bigdl_lite, with any number of rows. See ml/export.py.
+
+        format  "onnx", "torchscript" or "pt2" (torch.export)
+        shapes  {input column: shape of one row}, only for a model that was saved before shapes were
+        """
+        from bigdl_lite.ml.export import export
+
+        export(self, path, format, shapes)
 
     def _require_readable(self, dataset: DataFrame, columns: Columns) -> None:
         """Raises DataError for columns that are missing or of a type that no tensor can hold, before any job."""
@@ -103,22 +165,34 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         decoders = {c.name: c.decoder for c in columns.inputs if c.decoder is not None}
         read_columns(select(dataset, names), names, None, self._plan.layout.dtype, decoders)
 
-    def _scorer(self) -> Scorer:
+    def _scorer(self, whole: bool = False) -> Scorer:
+        """whole: with all that the module returns, of whatever form that is; else with what becomes columns."""
         check_params(self)
         if self._plan is None:
             _ = self.module  # raises with the way out
-        if self._head is None:
-            raise RecipeError("transform needs a module that returns one tensor, a row for each row; score with model.module instead")
+        head, outputs, device = self._head, self._outputs(), self._given("device")
+        if not whole:
+            if head is None:
+                raise RecipeError(
+                    "transform needs a module that returns one tensor, a row for each row (or a dict or tuple of them, where it is not "
+                    "a classifier's); score with model.module instead"
+                )
+            if outputs is not None:
+                if not isinstance(head, Heads):
+                    raise RecipeError(f"outputCols is {self._given('outputCols')}, but the module returns one tensor: leave it out")
+                head = head.only(list(outputs))
+        if device == "cuda" and on_this_machine(SparkSession.builder.getOrCreate().sparkContext):
+            require_cuda("this machine has none that torch can use")
         assert self._plan and self._columns
         names = self._given("inputCols") or [c.source for c in self._columns.inputs]
         if len(names) != len(self._columns.inputs):
             raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols names {len(names)}")
         inputs = tuple(c.renamed(name) for c, name in zip(self._columns.inputs, names, strict=True))
-        return Scorer(self._plan, Columns(inputs), self._head, self.getPredictBatchSize())
+        return Scorer(self._plan, Columns(inputs), head, self.getPredictBatchSize(), device)
 
-    def _ship(self, dataset: DataFrame) -> Shipped:
+    def _ship(self, spark: SparkSession) -> Shipped:
         """The weights, sent to the executors once for this model and all its copies."""
-        sc = dataset.sparkSession.sparkContext
+        sc = spark.sparkContext
         if self._shipped is None or self._shipped.application != sc.applicationId:
             assert self._start is not None
             # never destroyed by us: a lazy DataFrame may outlive this model, and Spark's cleaner frees both together
@@ -173,7 +247,7 @@ class TorchClassificationModel(TorchModel, HasRawPredictionCol, HasProbabilityCo
 
     @property
     def numClasses(self) -> int:
-        if self._head is None:
+        if not isinstance(self._head, Head):
             raise RecipeError("a module that does not return one tensor has no number of classes")
         return 2 if self._head.scalar else self._head.shape[0]
 
@@ -190,8 +264,9 @@ class TorchClassificationModel(TorchModel, HasRawPredictionCol, HasProbabilityCo
 
 
 def model_of(
-    kind: type[TorchModel], columns: Columns, head: Head | None, plan: Blueprint, start: Start, outcome: Outcome, made_by: Any
+    kind: type[TorchModel], columns: Columns, head: Head | Heads | None, plan: Blueprint, start: Start, outcome: Outcome, made_by: Any
 ) -> TorchModel:  # fmt: skip
     """The model of an outcome; the frozen parameters are those of the start."""
     trained = Start(outcome.weights, outcome.buffers, start.constants)
-    return kind(columns, head, plan, trained, outcome.history, outcome.engine, made_by)
+    shapes = outcome.shapes[: len(columns.inputs)]
+    return kind(columns, head, plan, trained, outcome.history, outcome.engine, made_by, shapes)

@@ -54,13 +54,27 @@ def _names(value: Any) -> list[str | list[str]]:
     raise TypeError("must be a list of column names, or of lists of them")
 
 
-class HasScoring(HasInputCols, HasPredictionCol):
-    """What a model needs to score."""
+def _outputs(value: Any) -> dict[str, str] | list[str]:
+    """{output: column}, or a list of outputs whose columns are named as they are."""
+    if isinstance(value, Mapping) and all(isinstance(name, str) for pair in value.items() for name in pair):
+        return dict(value)
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return list(value)
+    raise TypeError("must be a dict {output: column}, or a list of outputs")
+
+
+class HasScoring(HasInputCols, HasPredictionCol, HasLabelCol):
+    """What a model needs to score, and to say how well."""
 
     predictionCol = _param("predictionCol", "the column of predictions that transform adds", _text)
     inputCols = _param("inputCols", "one column, or a list of columns of numbers, for each argument of forward", _names)
     predictBatchSize = _param("predictBatchSize", "rows of one forward pass in transform", _int)
     decoders = _param("decoders", "how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}")
+    labelCol = _param("labelCol", "the column that is the second argument of loss", _text)
+    outputCols = _param(
+        "outputCols", "a column for each output of a module that returns several, {output: column}, in place of predictionCol", _outputs
+    )
+    device = _param("device", "where transform computes: 'auto' (the GPU that Spark gave the task, else the CPU), 'cpu', 'cuda'", _text)
 
     def getPredictBatchSize(self) -> int:
         return self.getOrDefault(self.predictBatchSize)
@@ -74,10 +88,9 @@ class HasScoring(HasInputCols, HasPredictionCol):
         return self.getOrDefault(param) if self.isDefined(param) else None
 
 
-class HasTraining(HasScoring, HasLabelCol, HasSeed):
+class HasTraining(HasScoring, HasSeed):
     """What an estimator needs to train."""
 
-    labelCol = _param("labelCol", "the column that is the second argument of loss", _text)
     module = _param("module", "an nn.Module, or a function without arguments that returns one")
     loss = _param("loss", "callable (output, target) -> one number, the mean over rows")
     optimizer = _param("optimizer", "callable (parameters) -> torch.optim.Optimizer; parameters is a list, and .named a dict")
@@ -196,6 +209,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "algorithm": (lambda given: isinstance(given, str) or callable(given), "a name or a function optimizer -> Round"),
     "inputCols": (lambda names: [] not in names, "a list of names, or of lists that each have a name"),
+    "outputCols": (lambda outputs: len(outputs) > 0, "at least one output"),
+    "device": (lambda name: name in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
     "decoders": (_reads, "a dict from names of columns to Raw(shape, dtype) or to functions from bytes to arrays"),
 }
 

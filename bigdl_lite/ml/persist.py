@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from bigdl_lite.data import files
 from bigdl_lite.data.columns import Column, Columns, Raw
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.errors import RecipeError, WireError
-from bigdl_lite.ml.head import Head
+from bigdl_lite.ml.head import Head, Heads
 from bigdl_lite.ml.model import TorchModel
 from bigdl_lite.model.layout import Blueprint, Span
 
-_FORMAT = 1
+_FORMAT = 1  # what has come since may be absent: "label", "shapes", and several outputs in "head"
 _PLAIN = (str, int, float, bool, type(None), list)
 
 
@@ -43,7 +44,7 @@ class Writer(MLWriter):
         model = self.model
         _ = model.module  # a model without its module cannot describe itself
         plan, start = model._plan, model._start
-        params = {p.name: value for p, value in model._paramMap.items() if isinstance(value, _PLAIN)}
+        params = {p.name: value for p, value in model._paramMap.items() if isinstance(value, _PLAIN) or p.name == "outputCols"}
         DefaultParamsWriter.saveMetadata(model, path, self.sc, paramMap=params)
         tensors = {s.name: s.view(start.weights) for s in plan.layout.parameters}
         tensors |= {f"buffer:{s.name}": s.view(start.buffers) for s in plan.layout.buffers}
@@ -70,8 +71,10 @@ class Reader(MLReader[Any]):
             raise WireError(f"{path} has format {told.get('format')}, this version reads format {_FORMAT}")
         cls = _class(metadata["class"], self.cls)
         start = _start(told, tensors, path)
-        head = Head(told["head"]["kind"], tuple(told["head"]["shape"])) if told["head"] else None
-        model = cls(columns_from_json(told["columns"], self.trust), head, None, start, told["history"], told["engine"])
+        columns = columns_from_json(told["columns"], self.trust)
+        if told.get("label"):
+            columns = replace(columns, label=columns_from_json([told["label"]], self.trust).inputs[0])
+        model = cls(columns, _head(told["head"]), None, start, told["history"], told["engine"], shapes=told.get("shapes"))
         model._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(model, metadata)
         model._saved = told
@@ -89,6 +92,26 @@ def _class(name: str, asked: type[TorchModel]) -> type[TorchModel]:
     return kinds[name]
 
 
+def _head(told: dict[str, Any] | None) -> Head | Heads | None:
+    if told is None:
+        return None
+    if "names" in told:
+        return Heads(tuple(told["names"]), tuple(Head(told["kind"], tuple(shape)) for shape in told["shapes"]))
+    return Head(told["kind"], tuple(told["shape"]))
+
+
+def _head_to_json(head: Head | Heads | None) -> dict[str, Any] | None:
+    if isinstance(head, Heads):
+        return {"kind": head.kind, "names": list(head.names), "shapes": [list(one.shape) for one in head.heads]}
+    return head and {"kind": head.kind, "shape": list(head.shape)}
+
+
+def _label_to_json(c: Column | None) -> dict[str, Any] | None:
+    """None also for a label whose decoder has no name: scoring does not need it."""
+    nameless = c is not None and c.decoder is not None and not isinstance(c.decoder, Raw) and name_of(c.decoder) is None
+    return None if c is None or nameless else column_to_json(c)
+
+
 def _describe(model: TorchModel) -> dict[str, Any]:
     columns, head, found = model._columns, model._head, model._plan.layout
     return {
@@ -97,7 +120,9 @@ def _describe(model: TorchModel) -> dict[str, Any]:
         "parameters": [[s.name, list(s.shape), str(s.dtype)] for s in found.parameters],
         "buffers": [[s.name, list(s.shape), str(s.dtype)] for s in found.buffers],
         "columns": [column_to_json(c) for c in columns.inputs],
-        "head": head and {"kind": head.kind, "shape": list(head.shape)},
+        "label": _label_to_json(columns.label),
+        "shapes": model._shapes and [list(shape) for shape in model._shapes],
+        "head": _head_to_json(head),
         "history": model.history,
         "engine": model.engine,
         "torch": torch.__version__,
@@ -113,7 +138,7 @@ def column_to_json(c: Column) -> dict[str, Any]:
             f"the decoder of column {c.name!r} cannot be found by name, so this model cannot be saved: "
             "define it as a function at the top level of a module"
         )
-    return {"name": c.name, "dtype": str(c.dtype), "depth": c.depth, "decoder": decoder, "members": list(c.members)}
+    return {"name": c.name, "dtype": str(c.dtype), "depth": c.depth, "decoder": decoder, "members": list(c.members), "unit": c.unit}
 
 
 def columns_from_json(told: list[dict[str, Any]], trust: bool = False) -> Columns:
@@ -124,7 +149,8 @@ def columns_from_json(told: list[dict[str, Any]], trust: bool = False) -> Column
             decoder = Raw(tuple(decoder["shape"]), decoder["dtype"])
         elif decoder is not None:
             decoder = find(decoder, trust)
-        made.append(Column(c["name"], dtype_named(c["dtype"]), c["depth"], decoder, members=tuple(c.get("members", ()))))
+        members, unit = tuple(c.get("members", ())), c.get("unit", False)
+        made.append(Column(c["name"], dtype_named(c["dtype"]), c["depth"], decoder, members=members, unit=unit))
     return Columns(tuple(made))
 
 

@@ -1,4 +1,4 @@
-"""transform: a module as a column of a DataFrame, evaluated lazily, one Arrow batch at a time.
+"""transform and udf: a module as a column of a DataFrame, evaluated lazily, one Arrow batch at a time.
 
 Only the input columns travel to Python, so a selection or filter after transform still prunes what it can. Where they can be
 read from files (direct.py), not even they.
@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from pyspark import TaskContext
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from torch import Tensor, nn
@@ -24,20 +25,26 @@ from bigdl_lite.engine.direct import located
 from bigdl_lite.engine.pack import pack, unpack
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import as_columns, partition_id
+from bigdl_lite.engine.spark import as_columns, gpu, partition_id
 from bigdl_lite.engine.worker import settle
-from bigdl_lite.ml.head import Head
+from bigdl_lite.errors import RecipeError
+from bigdl_lite.ml.arguments import arguments
+from bigdl_lite.ml.head import Head, Heads, cut, head_from_rows
 from bigdl_lite.model.layout import Blueprint, write_buffers
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """All that an executor must know to score, without the weights. batch_size is the rows of one forward pass."""
+    """All that an executor must know to score, without the weights. batch_size is the rows of one forward pass.
+
+    device  "auto": the GPU that Spark gave to the task, else the CPU; "cpu"; "cuda": a GPU, or an error
+    """
 
     blueprint: Blueprint
     columns: Columns
-    head: Head
+    head: Head | Heads | None
     batch_size: int
+    device: str = "auto"
 
 
 def module_of(blueprint: Blueprint, start: Start) -> nn.Module:
@@ -47,36 +54,55 @@ def module_of(blueprint: Blueprint, start: Start) -> nn.Module:
     return module
 
 
-def head_of(kind: str, plan: Blueprint, start: Start, columns: Columns, shapes: Sequence[Sequence[int]]) -> Head | None:
-    """What one row of output looks like: told by two rows of zeros. None where the module does not return a row for each.
+def head_of(kind: str, plan: Blueprint, start: Start, columns: Columns, shapes: Sequence[Sequence[int]]) -> Head | Heads | None:
+    """What one row of output looks like: told by two rows of zeros, and by three. None where no tensor has a row for each.
 
     shapes  of one row in each input column
     """
     module = module_of(plan, start)
-    zeros = [torch.zeros([2, *shape], dtype=c.dtype) for c, shape in zip(columns.inputs, shapes, strict=False)]
+
+    def output(rows: int) -> Any:
+        return module(*(torch.zeros([rows, *shape], dtype=c.dtype) for c, shape in zip(columns.inputs, shapes, strict=False)))
+
     with torch.inference_mode():
-        output = module(*zeros)
-    by_row = isinstance(output, Tensor) and output.ndim > 0 and len(output) == 2
-    return Head(kind, tuple(output.shape[1:])) if by_row else None
+        return head_from_rows(kind, output(2), output(3))
 
 
 _LANES = 16
 
 
 @torch.inference_mode()
-def predict(module: nn.Module, batch: Batch, size: int) -> Tensor:
-    """The module's outputs for all rows of `batch`, `size` rows a pass.
+def forward(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -> Any:
+    """What the module returns for the rows of `inputs`, on the CPU.
 
-    A pass is filled up to a multiple of 16 rows with copies of its last row, whose outputs are thrown away: kernels for a
-    few odd rows round differently, and the score of a row should not depend on who its neighbours are.
+    The rows are filled up to a multiple of 16 with copies of the last, whose outputs are thrown away: kernels for a few odd
+    rows round differently, and the score of a row should not depend on who its neighbours are.
     """
-    parts = []
+    k = len(inputs[0])
+    rows = k + -k % _LANES
+    full = (torch.cat([x, x[-1:].expand(rows - k, *x.shape[1:])]) if rows > k else x for x in inputs)
+    return cut(module(*(x.to(device) for x in full)), k, rows)
+
+
+def passes(batch: Batch, size: int) -> Iterator[Batch]:
+    """The rows of `batch`, `size` at a time."""
     for at in range(0, batch.rows, size):
-        rows = [x[at : at + size] for x in batch.inputs]
-        k = len(rows[0])
-        output = module(*(torch.cat([x, x[-1:].expand(-k % _LANES, *x.shape[1:])]) if k % _LANES else x for x in rows))
-        parts.append(output[:k])
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        yield Batch(tuple(x[at : at + size] for x in batch.inputs), None if batch.target is None else batch.target[at : at + size])
+
+
+def device_of(asked: str) -> torch.device:
+    """Where this task computes. Raises RecipeError where a GPU is asked for and there is none."""
+    context = TaskContext.get()
+    given = gpu(context) if context is not None and asked != "cpu" else None
+    if given is None and asked == "cuda":
+        require_cuda("this task has none: give tasks GPUs (spark.task.resource.gpu.amount)")
+        given = torch.device("cuda", max(partition_id(), 0) % torch.cuda.device_count())
+    return given or torch.device("cpu")
+
+
+def require_cuda(why: str) -> None:
+    if not torch.cuda.is_available():
+        raise RecipeError(f"device is 'cuda', and {why}, or set device='auto', which takes the CPU where there is no GPU")
 
 
 def score(frame: DataFrame, scorer: Scorer, shipped: Shipped) -> Column:
@@ -89,20 +115,33 @@ def score(frame: DataFrame, scorer: Scorer, shipped: Shipped) -> Column:
     return _udf(_task(pack(scorer), shipped), scorer.head.sql_type, len(given))(*given)
 
 
-_CACHE: dict[Any, tuple[Scorer, nn.Module]] = {}  # the last model that this worker scored with
+def function(scorer: Scorer, shipped: Shipped) -> Any:
+    """The same as a function of columns, for expressions and spark.udf.register.
+
+    It takes a column for each input; or, where inputs are groups, a column for each member, in order.
+    """
+    return _udf(_task(pack(scorer), shipped, free=True), scorer.head.sql_type, sum(len(c.members) or 1 for c in scorer.columns.inputs))
 
 
-def _task(packed: bytes, shipped: Shipped) -> Callable[[Iterator[tuple[pa.Array, ...]]], Iterator[pa.Array]]:
+_CACHE: dict[Any, tuple[Scorer, nn.Module, torch.device]] = {}  # the last model that this worker scored with
+
+
+def _task(packed: bytes, shipped: Shipped, free: bool = False) -> Callable[[Iterator[tuple[pa.Array, ...]]], Iterator[pa.Array]]:
+    """free: the arrays are what a user passes to a function, not what transform has looked at."""
+
     def main(batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
         settle()
-        scorer, module = _load(packed, shipped)
-        columns = scorer.columns.inputs
+        scorer, module, device = load(packed, shipped)
+        columns, head = scorer.columns.inputs, scorer.head
         for arrays in _read(batches, scorer.columns):
+            if free:
+                arrays = arguments(arrays, columns)
             if len(arrays[0]):
-                inputs = tuple(tensor(a, c, partition_id()) for a, c in zip(arrays, columns, strict=True))
-                yield scorer.head.to_arrow(predict(module, Batch(inputs, None), scorer.batch_size))
+                rows = Batch(tuple(tensor(a, c, partition_id()) for a, c in zip(arrays, columns, strict=True)), None)
+                parts = [head.to_arrow(forward(module, part.inputs, device)) for part in passes(rows, scorer.batch_size)]
+                yield pa.concat_arrays(parts) if len(parts) > 1 else parts[0]
             else:
-                yield scorer.head.to_arrow(torch.empty(0, *scorer.head.shape))
+                yield head.to_arrow(head.empty())
 
     return main
 
@@ -116,13 +155,15 @@ def _read(batches: Iterator[Any], columns: Columns) -> Iterator[Sequence[pa.Arra
     return ([batch.column(column.name) for column in columns.inputs] for batch in found)
 
 
-def _load(packed: bytes, shipped: Shipped) -> tuple[Scorer, nn.Module]:
+def load(packed: bytes, shipped: Shipped) -> tuple[Scorer, nn.Module, torch.device]:
+    """In a task: the scorer, its module, and the device that the module is on."""
     key = (shipped.key, hash(packed))
     if key not in _CACHE:
         _CACHE.clear()
         scorer = unpack(packed)
-        found = scorer.blueprint.layout
-        _CACHE[key] = scorer, module_of(scorer.blueprint, shipped.read(torch.empty(found.n, dtype=found.dtype)))
+        found, device = scorer.blueprint.layout, device_of(scorer.device)
+        module = module_of(scorer.blueprint, shipped.read(torch.empty(found.n, dtype=found.dtype)))
+        _CACHE[key] = scorer, module.to(device), device
     return _CACHE[key]
 
 
@@ -133,7 +174,7 @@ def _udf(task: Callable[..., Any], sql_type: str, width: int) -> Callable[..., C
     import pandas as pd
 
     def main(batches: Iterator[Any]) -> Iterator[Any]:
-        arrays = (tuple(map(pa.Array.from_pandas, x if isinstance(x, tuple) else (x,))) for x in batches)
+        arrays = (tuple(map(_from_pandas, x if isinstance(x, tuple) else (x,))) for x in batches)
         for out in task(arrays):
             if pa.types.is_struct(out.type):
                 yield pd.DataFrame({field.name: out.field(field.name).to_pandas() for field in out.type})
@@ -142,6 +183,13 @@ def _udf(task: Callable[..., Any], sql_type: str, width: int) -> Callable[..., C
 
     kind = pd.DataFrame if sql_type.startswith("struct") else pd.Series
     return F.pandas_udf(_typed(main, pd.Series, kind, width), sql_type)
+
+
+def _from_pandas(values: Any) -> pa.Array:
+    """What Spark hands to a pandas function as one argument; an ml vector, like any struct, comes as a frame of its fields."""
+    if hasattr(values, "columns"):
+        return pa.StructArray.from_arrays([_from_pandas(values[name]) for name in values.columns], list(values.columns))
+    return pa.Array.from_pandas(values)
 
 
 def _typed(task: Callable[..., Any], given: type, back: type, width: int) -> Callable[..., Any]:

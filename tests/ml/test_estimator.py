@@ -53,7 +53,7 @@ def test_every_param_has_a_default_or_is_required_and_a_doc():
     assert {p.name for p in estimator.params if not estimator.isDefined(p)} == {
         "module", "loss", "scheduler", "numWorkers", "clipNorm", "clipValue", "checkpointDir", "exchange", "weightCol", "classWeights",
         "validationIndicatorCol", "validationFraction", "validationTrigger", "patience", "restoreBest", "endTrigger", "averaging",
-        "initialModel", "limitBatches",
+        "initialModel", "limitBatches", "outputCols", "device",
     }  # fmt: skip
     assert all(p.doc for p in estimator.params)
     assert "rows of one step over all workers" in estimator.explainParam("batchSize")
@@ -252,19 +252,21 @@ def test_auto_takes_the_barrier_where_the_workers_fit(df, caplog):
     assert "engine=shuffle: 6 workers, 4 slots" in caplog.text
 
 
-class Pair(nn.Module):
+class Deep(nn.Module):
+    """Its tensors lie two levels deep, where no name is theirs."""
+
     def __init__(self) -> None:
         super().__init__()
         self.net = mlp()
 
     def forward(self, x):
-        return self.net(x), x
+        return [[self.net(x), x]]
 
 
-def test_a_module_with_several_outputs_trains_and_says_that_it_cannot_be_scored_here(df, tmp_path):
+def test_a_module_without_outputs_that_have_a_name_trains_and_says_that_it_cannot_be_scored_here(df, tmp_path):
     loss = nn.CrossEntropyLoss()
     estimator = TorchEstimator(
-        module=Pair, loss=lambda output, target: loss(output[0], target), engine="local", numWorkers=1, progress="none"
+        module=Deep, loss=lambda output, target: loss(output[0][0], target), engine="local", numWorkers=1, progress="none"
     )
     model = estimator.fit(df)
     model.save(str(tmp_path / "model"))
