@@ -14,7 +14,7 @@ import importlib
 import inspect
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from bigdl_lite.ml.model import TorchModel
 from bigdl_lite.model.layout import Blueprint, Span
 
 _FORMAT = 1  # what has come since may be absent: "label", "shapes", and several outputs in "head"
+_IMAGE = "bigdl_lite.features.images:Image"
 _PLAIN = (str, int, float, bool, type(None), list)
 
 
@@ -133,6 +134,8 @@ def column_to_json(c: Column) -> dict[str, Any]:
     decoder: Any = name_of(c.decoder)
     if isinstance(c.decoder, Raw):
         decoder = {"shape": list(c.decoder.shape), "dtype": c.decoder.dtype}
+    elif is_dataclass(c.decoder) and f"{type(c.decoder).__module__}:{type(c.decoder).__qualname__}" == _IMAGE:
+        decoder = {"class": _IMAGE, "fields": asdict(c.decoder)}
     elif c.decoder is not None and decoder is None:
         raise RecipeError(
             f"the decoder of column {c.name!r} cannot be found by name, so this model cannot be saved: "
@@ -145,7 +148,12 @@ def columns_from_json(told: list[dict[str, Any]], trust: bool = False) -> Column
     made = []
     for c in told:
         decoder = c["decoder"]
-        if isinstance(decoder, dict):
+        if isinstance(decoder, dict) and "class" in decoder:
+            if decoder["class"] != _IMAGE:  # no file chooses what is imported
+                raise WireError(f"column {c['name']!r} has the decoder {decoder['class']!r}, which is none of this package")
+            place, name = _IMAGE.split(":")
+            decoder = getattr(importlib.import_module(place), name)(**decoder["fields"])
+        elif isinstance(decoder, dict):
             decoder = Raw(tuple(decoder["shape"]), decoder["dtype"])
         elif decoder is not None:
             decoder = find(decoder, trust)

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from bigdl_lite import TorchClassifier, TorchModel
+from bigdl_lite.data.columns import Column
 from bigdl_lite.errors import WireError
+from bigdl_lite.features import Image
 from bigdl_lite.ml.model import TorchClassificationModel, TorchRegressionModel
-from bigdl_lite.ml.persist import _FORMAT
+from bigdl_lite.ml.persist import _FORMAT, column_to_json, columns_from_json
 from tests.conftest import frame, problem
 from tests.ml.saved.modules import Linear3  # what a saved model names must have been imported
 
@@ -101,3 +103,13 @@ def test_another_program_loads_it_and_scores_the_same(spark, tmp_path):
     found = json.loads((tmp_path / "scored.json").read_text())
     expected = model.transform(spark.read.parquet(str(tmp_path / "rows")).coalesce(1)).collect()
     assert found == [[row.p.toArray().tolist(), row.prediction] for row in expected]
+
+
+def test_a_decoder_of_the_package_is_saved_by_its_settings():
+    """It is an object, not a function with a name; and a file cannot name another class in its place."""
+    column = Column("image", torch.float32, 0, Image((8, 8), mean=(0.5, 0.5, 0.5), std=0.25))
+    told = json.loads(json.dumps(column_to_json(column)))
+    assert columns_from_json([told]).inputs == (column,)
+    told["decoder"]["class"] = "subprocess:Popen"
+    with pytest.raises(WireError, match=r"subprocess:Popen.*none of this package"):
+        columns_from_json([told])
