@@ -30,11 +30,11 @@ from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import collect, jobs, partition_id, read_columns, select
 from bigdl_lite.engine.worker import require_versions, settle, versions
 from bigdl_lite.errors import DataError, RecipeError, report, revive
-from bigdl_lite.ml.loss import CLASS_INDEX, Loss
+from bigdl_lite.ml.loss import Loss
 from bigdl_lite.ml.model import TorchClassificationModel, TorchRegressionModel
 from bigdl_lite.ml.rows import computed, require_frame
 from bigdl_lite.ml.score import forward, load, passes
-from bigdl_lite.model.replica import ELEMENTWISE_LOSSES, Squeezed
+from bigdl_lite.model.loss import CLASS_LOSSES, ELEMENTWISE_LOSSES, Squeezed
 
 _TOKEN = "partition int, weight double, sums array<binary>, error string"
 _ARROW = pa.schema([
@@ -143,7 +143,7 @@ def _target(label: Column, model: Any, loss: Any) -> Column:
     if kind in ("logit", "probability"):
         return replace(label, dtype=floating, unit=True)
     alone = label.depth == 0 and getattr(label.decoder, "shape", ()) == ()
-    if alone and (kind in ("logits", "log-probabilities") or isinstance(loss, CLASS_INDEX)):
+    if alone and (kind in ("logits", "log-probabilities") or isinstance(loss, CLASS_LOSSES)):
         return replace(label, dtype=torch.int64)
     number = isinstance(model, TorchRegressionModel) or isinstance(loss, ELEMENTWISE_LOSSES)
     return replace(label, dtype=floating) if number else label

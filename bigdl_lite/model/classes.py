@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.errors import DataError, RecipeError
-from bigdl_lite.model.replica import squeeze
+from bigdl_lite.model.loss import squeeze
 from bigdl_lite.model.sums import KINDS, kept, ratio, require_tensor
 
 _ONE_NUMBER = ("logit", "probability")

@@ -105,6 +105,43 @@ def summed(loss: Loss, output: Any, batch: Batch, weight: float) -> Tensor:
     return (each * batch.weight).sum()
 
 
+def check_output(loss: Loss, output: Any, batch: Batch) -> None:
+    """Raises DataError where what the module returned for these rows is not what its loss can compare with the label."""
+    target = batch.target
+    for x in tensors(output):
+        if x.ndim == 0 or x.shape[0] != batch.rows:
+            raise DataError(
+                f"forward returned a tensor of shape {list(x.shape)} for {batch.rows} rows; its first dimension must be the rows"
+            )
+    if not isinstance(output, Tensor) or target is None:
+        return
+    rule = rule_of(loss)
+    if isinstance(loss, Squeezed):
+        output = squeeze(output, target)
+    if isinstance(rule, ELEMENTWISE_LOSSES) and output.shape != target.shape:
+        raise DataError(
+            f"forward returns {list(output.shape)} but the label is {list(target.shape)}, and {type(rule).__name__} "
+            "needs one shape: squeeze or reshape the output (TorchRegressor does it for a single output)"
+        )
+    if class_rule(loss, target) is not None and output.ndim >= 2 and target.numel():
+        low, high = int(target.min()), int(target.max())
+        ignored = rule.ignore_index
+        if (low < 0 and low != ignored) or (high >= output.shape[1] and high != ignored):
+            wrong = low if low < 0 else high
+            raise DataError(
+                f"the label column has the value {wrong}, the module has {output.shape[1]} outputs: "
+                f"labels must be 0 .. {output.shape[1] - 1}"
+            )
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The tensors that a module's output is made of."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return [x for x in values if isinstance(x, Tensor)]
+
+
 def _shown(value: Any) -> str:
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 

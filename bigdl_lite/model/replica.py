@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.batch import Batch
-from bigdl_lite.errors import DataError, RecipeError
+from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.layout import Blueprint, read_buffers, write_buffers
-from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Loss, Squeezed, class_rule, rule_of, squeeze, summed, weight_of
+from bigdl_lite.model.loss import Loss, check_output, class_rule, rule_of, squeeze, summed, tensors, weight_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE = 1024.0  # by which gradients are larger while they are of 16 bits with 5 of exponent
@@ -102,7 +102,7 @@ class Replica:
         seed_here(self.weights.device, seed)
         if not batch.rows:
             output = self.module(*batch.inputs)
-            sum(x.sum() for x in _tensors(output)).mul(0.0).backward()
+            sum(x.sum() for x in tensors(output)).mul(0.0).backward()
             return 0.0
         rows, scale, total = -(-batch.rows // self.compute.passes), 1.0, 0.0
         if self.compute.precision == "fp16":
@@ -111,7 +111,7 @@ class Replica:
             part = batch if rows == batch.rows else batch.part(at, at + rows)
             with self._cast():
                 output = self._forward(*part.inputs)
-                self._check(output, part)
+                check_output(self.loss, output, part)
                 weight = self.weight(part)
                 loss = summed(self.loss, output, part, weight)
             if not loss.requires_grad:
@@ -148,7 +148,7 @@ class Replica:
     def _measured(self, batch: Batch, metrics: Sequence[Sums], counts: bool) -> list[Tensor]:
         k = batch.rows
         output = first(self.module(*(filled(x, _LANES) for x in batch.inputs)), k)
-        self._check(output, batch)
+        check_output(self.loss, output, batch)
         weight = self.weight(batch) if counts else 0.0
         loss = float(summed(self.loss, output, batch, weight)) if weight else 0.0
         each = torch.full([k], float(counts), dtype=torch.float64, device=self.weights.device)
@@ -170,33 +170,6 @@ class Replica:
             return False
         assert target is not None
         return rule.weight is not None or target.ndim > 1 or self.weight(share) != share.rows
-
-    def _check(self, output: Any, batch: Batch) -> None:
-        target = batch.target
-        for x in _tensors(output):
-            if x.ndim == 0 or x.shape[0] != batch.rows:
-                raise DataError(
-                    f"forward returned a tensor of shape {list(x.shape)} for {batch.rows} rows; its first dimension must be the rows"
-                )
-        if not isinstance(output, Tensor) or target is None:
-            return
-        rule = self.loss
-        if isinstance(rule, Squeezed):
-            rule, output = rule.loss, squeeze(output, target)
-        if isinstance(rule, ELEMENTWISE_LOSSES) and output.shape != target.shape:
-            raise DataError(
-                f"forward returns {list(output.shape)} but the label is {list(target.shape)}, and {type(rule).__name__} "
-                "needs one shape: squeeze or reshape the output (TorchRegressor does it for a single output)"
-            )
-        if class_rule(self.loss, target) is not None and output.ndim == 2:
-            low, high = int(target.min()), int(target.max())
-            ignored = rule.ignore_index
-            if (low < 0 and low != ignored) or (high >= output.shape[1] and high != ignored):
-                wrong = low if low < 0 else high
-                raise DataError(
-                    f"the label column has the value {wrong}, the module has {output.shape[1]} outputs: "
-                    f"labels must be 0 .. {output.shape[1] - 1}"
-                )
 
 
 def seed_here(device: torch.device, seed: int) -> None:
@@ -226,10 +199,3 @@ def first(output: Any, rows: int) -> Any:
         parts = [first(x, rows) for x in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
     return output
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
-    return [x for x in values if isinstance(x, Tensor)]

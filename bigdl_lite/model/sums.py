@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.errors import RecipeError
-from bigdl_lite.model.replica import squeeze
+from bigdl_lite.model.loss import squeeze
 
 KINDS = ("plain", "logits", "log-probabilities", "logit", "probability")  # what an output means: see ml/head.py
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdl_lite.errors import DataError, RecipeError
-from bigdl_lite.model.replica import squeeze
+from bigdl_lite.model.loss import squeeze
 from bigdl_lite.model.sums import KINDS, kept, require_tensor
 
 # what changes as a metric is used; all else says which metric it is

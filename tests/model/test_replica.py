@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from bigdl_lite.batch import Batch
 from bigdl_lite.errors import DataError, RecipeError
 from bigdl_lite.model.layout import blueprint
-from bigdl_lite.model.replica import Replica, Squeezed, squeeze
+from bigdl_lite.model.loss import Squeezed, squeeze
+from bigdl_lite.model.replica import Replica
 
 
 def net(out: int = 3) -> nn.Module:
