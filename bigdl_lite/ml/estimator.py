@@ -13,6 +13,7 @@ import torch
 from pyspark import RDD
 from pyspark.ml import Estimator
 from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
+from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 from pyspark.sql import DataFrame
 from torch import Tensor, nn
 
@@ -30,18 +31,15 @@ from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Squeezed, rule_of
 from bigdl_lite.wire.codec import Codec
 
 
-def _adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=1e-3)
-
-
-class TorchEstimator(Estimator, HasTraining):
+class TorchEstimator(Estimator, HasTraining, MLWritable, MLReadable["TorchEstimator"]):
     """Trains any torch module on a DataFrame (or an RDD of (inputs, label) NumPy tuples).
 
     module            an nn.Module (it is copied), or a function without arguments that returns one; weights are made on the
                       driver, from `seed`
     loss              callable (output, target) -> one number, the mean over the rows
     optimizer         callable (parameters) -> torch.optim.Optimizer; any optimizer, parameter groups included. parameters
-                      is the list of trainable parameters, parameters.named the dict of them by name
+                      is the list of trainable parameters, parameters.named the dict of them by name. Or a name, "adam" or "sgd",
+                      with learningRate (1e-3), weightDecay and momentum, which grids of Params and saved estimators can hold
     scheduler         callable (optimizer) -> a torch learning rate scheduler, stepped once per schedulerInterval
     inputCols         one column for each positional argument of forward: numbers, arrays, ml vectors, binary (see decoders);
                       a list of columns of numbers in place of one makes one argument [rows, columns] of them
@@ -93,8 +91,9 @@ class TorchEstimator(Estimator, HasTraining):
 
     def __init__(
         self, *, module: nn.Module | Callable[[], nn.Module] | None = None, loss: Callable[[Any, Tensor], Tensor] | None = None,
-        optimizer: OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None, schedulerInterval: str | None = None,
-        inputCols: list[str | list[str]] | None = None, labelCol: str | None = None, predictionCol: str | None = None,
+        optimizer: str | OptimizerFactory | None = None, scheduler: SchedulerFactory | None = None,
+        schedulerInterval: str | None = None, inputCols: list[str | list[str]] | None = None,
+        labelCol: str | None = None, predictionCol: str | None = None,
         decoders: Mapping[str, Decoder] | None = None, batchSize: int | None = None, epochs: int | None = None,
         numWorkers: int | None = None, engine: str | Engine | None = None,
         algorithm: str | Callable[[TorchOptimizer], Round] | None = None, seed: int | None = None,
@@ -110,22 +109,46 @@ class TorchEstimator(Estimator, HasTraining):
         patience: int | None = None, minDelta: float | None = None, restoreBest: bool | None = None,
         endTrigger: Trigger | None = None, callbacks: list[Any] | None = None, averaging: Average | None = None,
         initialModel: TorchModel | None = None, limitBatches: int | None = None, accumulation: int | None = None,
-        precision: str | None = None, compile: bool | None = None, **more: Any,
+        precision: str | None = None, compile: bool | None = None, learningRate: float | None = None,
+        weightDecay: float | None = None, momentum: float | None = None, **more: Any,
     ) -> None:  # fmt: skip
         given = {name: value for name, value in locals().items() if name not in ("self", "more", "__class__")} | more
         super().__init__()
         self._setDefault(
             inputCols=["features"], labelCol="label", predictionCol="prediction", batchSize=256, epochs=1, engine="auto",
-            algorithm="sync-sgd", seed=0, optimizer=_adam, schedulerInterval="epoch", syncBatchNorm=False, logInterval=1,
+            algorithm="sync-sgd", seed=0, optimizer="adam", schedulerInterval="epoch", syncBatchNorm=False, logInterval=1,
             predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
             checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0, maxRecoveries=3,
             hierarchical=False, metrics=[], monitor="val_loss", minDelta=0.0, callbacks=[], accumulation=1, precision="fp32",
             compile=False,
         )  # fmt: skip
-        unknown = sorted(name for name in more if not self.hasParam(name))
+        self.setParams(**given)
+
+    def setParams(self, **given: Any) -> TorchEstimator:
+        """Sets Params by name, as the constructor takes them; None leaves one as it is."""
+        unknown = sorted(name for name in given if not self.hasParam(name))
         if unknown:
             raise TypeError(f"{type(self).__name__} has no parameter {unknown[0]!r}")
         set_given(self, given)
+        return self
+
+    def write(self) -> MLWriter:
+        from bigdl_lite.ml.spelled import EstimatorWriter
+
+        return EstimatorWriter(self)
+
+    @classmethod
+    def read(cls) -> MLReader[Any]:
+        from bigdl_lite.ml.spelled import EstimatorReader
+
+        return EstimatorReader(cls)
+
+    @classmethod
+    def load(cls, path: str, trust: bool = False) -> Any:
+        """The estimator saved at `path`. trust: whether Python modules that the file names may be imported for its functions."""
+        from bigdl_lite.ml.spelled import EstimatorReader
+
+        return EstimatorReader(cls, trust).load(path)
 
     def _fit(self, dataset: DataFrame | RDD[Any]) -> TorchModel:
         return prepare(self, dataset).run()

@@ -93,7 +93,12 @@ class HasTraining(HasScoring, HasSeed):
 
     module = _param("module", "an nn.Module, or a function without arguments that returns one")
     loss = _param("loss", "callable (output, target) -> one number, the mean over rows")
-    optimizer = _param("optimizer", "callable (parameters) -> torch.optim.Optimizer; parameters is a list, and .named a dict")
+    optimizer = _param(
+        "optimizer", "a name ('adam', 'sgd', ...), or callable (parameters) -> torch.optim.Optimizer; parameters.named is a dict"
+    )
+    learningRate = _param("learningRate", "of an optimizer by name; not set: 1e-3", _float)
+    weightDecay = _param("weightDecay", "of an optimizer by name; not set: torch's default", _float)
+    momentum = _param("momentum", "of 'sgd' or 'rmsprop' by name; not set: none", _float)
     scheduler = _param("scheduler", "callable (optimizer) -> a torch learning rate scheduler")
     schedulerInterval = _param("schedulerInterval", "the scheduler steps once per 'step' or 'epoch'", _text)
     weightCol = _param("weightCol", "the column that says how much each row counts; not set: all alike", _text)
@@ -202,7 +207,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("clipNorm", "clipValue"), (lambda limit: limit > 0, "above 0")),
     "schedulerInterval": (lambda text: text in ("step", "epoch"), "'step' or 'epoch'"),
     "progress": (lambda text: text in ("auto", "bar", "log", "none"), "'auto', 'bar', 'log' or 'none'"),
-    **dict.fromkeys(("module", "loss", "optimizer", "scheduler"), (callable, "callable")),
+    **dict.fromkeys(("module", "loss", "scheduler"), (callable, "callable")),
+    "optimizer": (lambda given: isinstance(given, str) or callable(given), "a name or callable"),
+    **dict.fromkeys(("learningRate", "weightDecay", "momentum"), (_number(0), "at least 0")),
     "engine": (
         lambda given: isinstance(given, str) or (callable(getattr(given, "fit", None)) and not isinstance(given, type)),
         "'auto', 'barrier', 'shuffle', 'local' or an engine object",

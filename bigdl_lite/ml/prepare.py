@@ -16,6 +16,7 @@ from torch import nn
 
 from bigdl_lite.algorithms import Round, method, with_exchange
 from bigdl_lite.algorithms.exchange import is_finite
+from bigdl_lite.algorithms.named import NamedOptimizer
 from bigdl_lite.algorithms.parts import TorchOptimizer
 from bigdl_lite.algorithms.shadow import shadowed
 from bigdl_lite.data.columns import Column, Columns
@@ -99,6 +100,11 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
     classWeights="balanced"."""
     check_params(estimator)
     given = estimator._given
+    lost = getattr(estimator, "_lost", {})
+    forgotten = next((name for name in lost if not estimator.isSet(name)), None)
+    if forgotten is not None:
+        why = lost[forgotten]
+        raise RecipeError(f"{forgotten} was not saved with this estimator ({why}): set it again with setParams({forgotten}=...)")
     maker, loss = given("module"), given("loss")
     module = make(maker, given("seed"))
     if given("syncBatchNorm"):
@@ -111,7 +117,8 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
     start = Start(weights, buffers, constants)
     dataset, columns, inputs = _columns(estimator, dataset, plan, loss)
     loss = weighted_by_class(loss, given("classWeights"), dataset, columns.label)
-    advance = TorchOptimizer(given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue"))
+    optimizer = optimizer_of(estimator)
+    advance = TorchOptimizer(optimizer, given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue"))
     round_ = trying(lambda: method(given("algorithm"), advance), "the algorithm")
     round_ = trying(lambda: with_exchange(round_, given("exchange"), plan), "the exchange")
     replica = Replica(plan, start.weights.clone(), None, constants, loss)
@@ -138,6 +145,20 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
         given("limitBatches"),
     )  # fmt: skip
     return Job(estimator, engine, frame, recipe, start, replica, maker)
+
+
+def optimizer_of(estimator: Any) -> Any:
+    """The factory that the Params name, or are."""
+    given = estimator._given
+    numbers = {name: given(name) for name in ("learningRate", "weightDecay", "momentum")}
+    asked = given("optimizer")
+    if isinstance(asked, str):
+        rate = 1e-3 if numbers["learningRate"] is None else numbers["learningRate"]
+        return NamedOptimizer(asked, rate, numbers["weightDecay"], numbers["momentum"])
+    other = next((name for name, value in numbers.items() if value is not None), None)
+    if other is not None:
+        raise RecipeError(f"{other} is for an optimizer by name ('adam', 'sgd', ...), and optimizer is a function: say it there")
+    return asked
 
 
 def _columns(estimator: Any, dataset: DataFrame | RDD[Any], plan: Blueprint, loss: Any) -> tuple[DataFrame, Columns, list[Any]]:
