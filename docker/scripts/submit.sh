@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs a program on the cluster, in client mode: submit.sh [options of spark-submit] program.py [arguments]
-# Its exit code is that of the program: not 0 where it ended in an error, whose traceback is then the last thing in the log.
+# Its exit code is that of the program: not 0 where it ended in an error, whose traceback is then the last thing in its output (Spark
+# brings stderr of the program to stdout, and has stderr for its own log).
 #
 #   SPARK_MASTER    spark://localhost:7077
 #   SPARK_CORES     cores to wait for, up to 30 seconds, and to take; not set: the program takes what there is, as it comes
