@@ -118,7 +118,10 @@ def _essence(name: str, version: str) -> Any:
 def slots(facts: Facts) -> list[Found]:
     p, cpus = facts.slots, _setting(facts, "spark.task.cpus", "1")
     if p < 1:
-        advice = "is the cluster up, and does it have cores and memory that are free?"
+        advice = (
+            "does the cluster have cores and memory that are free? spark.scheduler.minRegisteredResourcesRatio=1 with "
+            "spark.cores.max makes a program wait for executors when it starts"
+        )
         return [_fail(f"no slot: no executor has registered with {facts.master}", advice)]
     try:
         tasks = facts.tasks

@@ -73,6 +73,9 @@ class Cluster:
             "SPARK_WORKER_CORES": "1", "SPARK_WORKER_MEMORY": "1g", "SPARK_CORES": "2", "SPARK_DAEMON_MEMORY": "256m",
             **({"JAVA_HOME": java} if java else {}),
         }  # fmt: skip
+
+    def begin(self) -> None:
+        """A master and two workers, of 1 core and 1 GB each."""
         self.environment["SPARK_MASTER"] = self.start("master.sh", r"Starting Spark master at (spark://\S+)")
         logs = [self.start("worker.sh", None), self.start("worker.sh", None)]
         for log in logs:
@@ -136,10 +139,9 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    made = object.__new__(Cluster)
-    made.started = []
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        made.__init__(tmp_path_factory.mktemp("cluster"))  # type: ignore[misc]
+        made.begin()
         yield made
     finally:
         left = made.close()
@@ -213,7 +215,7 @@ def test_the_quickstart_runs_on_the_cluster_and_the_history_server_shows_it(clus
     assert done.returncode == 0, done.stdout[-4000:]
     assert "engine          barrier" in done.stdout and "the same predictions from the saved model" in done.stdout
     cluster.environment["SPARK_UI_PORT"] = "0"
-    port = cluster.start("history.sh", r"HistoryServer, and started at http://[\d.]+:(\d+)")
+    port = cluster.start("history.sh", r"HistoryServer, and started at http://\S+:(\d+)")
     until = time.monotonic() + 30
     shown: list[str] = []
     while "quickstart.py" not in shown and time.monotonic() < until:
