@@ -11,6 +11,7 @@ Everything is seeded. No download: the 1,797 images of 8 x 8 pixels come with sc
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     given = options.parse_args(arguments)
 
     mine = SparkSession.getActiveSession() is None  # a session that was here before us is not ours to stop
-    spark = local_session(app_name="quickstart")
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ  # by spark-submit, with a master that must stay
+    spark = SparkSession.builder.getOrCreate() if submitted else local_session(app_name="quickstart")
     try:
         train, test = digits(spark)
         classifier = TorchClassifier(

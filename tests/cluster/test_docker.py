@@ -1,0 +1,113 @@
+"""The image and the compose file, as far as they can be judged without an engine that builds them."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+
+yaml = pytest.importorskip("yaml")
+
+DOCKER = ROOT / "docker"
+SCRIPTS = sorted((DOCKER / "scripts").glob("*.sh"))
+CONDITIONS = {"service_started", "service_healthy", "service_completed_successfully"}
+
+
+def faults(compose: dict[str, Any]) -> list[str]:
+    """What would keep a compose file from starting: the rules of its schema that matter here."""
+    services = compose.get("services") or {}
+    wrong = [] if services else ["no services"]
+    volumes = compose.get("volumes") or {}
+    for name, service in services.items():
+        if not ({"image", "build"} & service.keys()):
+            wrong.append(f"{name}: neither image nor build")
+        for other, how in (service.get("depends_on") or {}).items():
+            if other not in services:
+                wrong.append(f"{name}: depends on {other}, which is no service")
+            elif how.get("condition") not in CONDITIONS:
+                wrong.append(f"{name}: depends on {other} under no condition that there is")
+            elif how["condition"] == "service_healthy" and "test" not in services[other].get("healthcheck", {}):
+                wrong.append(f"{name}: waits for {other} to be healthy, which has no healthcheck")
+        for volume in service.get("volumes") or ():
+            source = volume.split(":")[0]
+            if not source.startswith((".", "/")) and source not in volumes:
+                wrong.append(f"{name}: volume {source} is not declared")
+        for key, value in (service.get("environment") or {}).items():
+            if not isinstance(value, str):
+                wrong.append(f"{name}: {key} is a {type(value).__name__}, not text")
+        wrong += [f"{name}: port {port} is not text" for port in service.get("ports") or () if not isinstance(port, str)]
+    return wrong
+
+
+@pytest.fixture
+def compose() -> dict[str, Any]:
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text())
+
+
+def test_the_compose_file_has_a_master_two_workers_a_history_server_and_a_driver(compose: dict[str, Any]) -> None:
+    assert faults(compose) == []
+    services = compose["services"]
+    assert set(services) == {"master", "worker-1", "worker-2", "history", "submit"}
+    assert set(services["submit"]["depends_on"]) == {"worker-1", "worker-2", "history"}
+    ran = re.findall(r"(?:docker|examples)/[\w/.]+", str([service["command"] for service in services.values()]))
+    assert all((ROOT / path).is_file() for path in ran)
+    assert {"examples/quickstart.py", "examples/recommender.py"} <= set(ran) and len({x for x in ran if x.startswith("docker")}) == 4
+    assert services["submit"]["environment"]["SPARK_CORES"] == "2", "as many as the workers have"
+
+
+@pytest.mark.parametrize(
+    ("service", "key", "value", "said"),
+    [
+        ("submit", "depends_on", {"worker": {"condition": "service_started"}}, "depends on worker, which is no service"),
+        ("submit", "depends_on", {"master": {"condition": "healthy"}}, "under no condition"),
+        ("master", "healthcheck", {}, "has no healthcheck"),
+        ("history", "volumes", ["events:/events"], "volume events is not declared"),
+        ("worker-1", "environment", {"SPARK_WORKER_CORES": 1}, "is a int, not text"),
+        ("master", "ports", [8080], "is not text"),
+    ],
+)
+def test_a_compose_file_with_a_fault_is_seen(compose: dict[str, Any], service: str, key: str, value: Any, said: str) -> None:
+    changed = {**compose, "services": {**compose["services"], service: {**compose["services"][service], key: value}}}
+    assert any(said in fault for fault in faults(changed)), faults(changed)
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    joined = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
+    return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())]
+
+
+def test_what_the_dockerfile_copies_is_there_and_reaches_the_builder() -> None:
+    told = instructions((DOCKER / "Dockerfile").read_text())
+    assert told[0] == ("FROM", "python:3.11-slim-bookworm")
+    copied = [path for word, rest in told if word == "COPY" for path in rest.split()[:-1]]
+    let_in = {line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied and set(copied) == let_in and all((ROOT / path).exists() for path in copied)
+    words = [word for word, _ in told]
+    assert words.index("USER") < words.index("CMD"), "it does not run as root"
+    assert (ROOT / ast.literal_eval(told[-1][1])[0]).is_file()
+
+
+def test_the_dockerfile_installs_the_torch_that_the_package_asks_for() -> None:
+    wanted = re.search(r'"(torch[^"]*)"', (ROOT / "setup.py").read_text())
+    assert wanted and f'"{wanted[1]}"' in (DOCKER / "Dockerfile").read_text()
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+def test_hadolint_has_nothing_to_say() -> None:
+    done = subprocess.run(["hadolint", DOCKER / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_each_script_is_plain_sh_and_may_be_run(script: Path) -> None:
+    assert script.read_text().startswith("#!/bin/sh\n#")
+    assert subprocess.run(["sh", "-n", script], timeout=10, check=False).returncode == 0
+    assert os.access(script, os.X_OK) == (script.name != "spark.sh"), "spark.sh is sourced"
