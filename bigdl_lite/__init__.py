@@ -57,6 +57,7 @@ _WHERE = {
     "backup_workers": "algorithms.server",
     "bounded_staleness": "algorithms.server",
     "decay_groups": "algorithms.decay",
+    "doctor": "ml.doctor",
     "every_epoch": "engine.trigger",
     "gossip": "algorithms.gossip",
     "local_session": "engine.session",
@@ -79,8 +80,8 @@ __all__ = [
     "Callback", "Choco", "Coded", "Difference", "Float16", "GradiVeQ", "HitRatio", "MLflow", "Mean", "MinMax8", "PowerSGD",
     "Precision", "RandomK", "Raw", "Recall", "ShuffleEngine", "Sign", "Stop", "Summary", "TensorBoard", "TopK", "TorchClassifier",
     "TorchEstimator", "TorchMetric", "TorchModel", "TorchRegressor", "UnionRows", "async_average", "backup_workers",
-    "bounded_staleness", "decay_groups", "every_epoch", "gossip", "local_session", "local_sgd", "max_epoch", "max_loss", "max_step",
-    "metric_of", "min_metric", "pipe_sgd", "qadam", "qg_dadam", "qg_dsgdm", "several_steps", "within",
+    "bounded_staleness", "decay_groups", "doctor", "every_epoch", "gossip", "local_session", "local_sgd", "max_epoch", "max_loss",
+    "max_step", "metric_of", "min_metric", "pipe_sgd", "qadam", "qg_dadam", "qg_dsgdm", "several_steps", "within",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
     from bigdl_lite.engine.session import local_session
     from bigdl_lite.engine.shuffle import ShuffleEngine
     from bigdl_lite.engine.trigger import every_epoch, max_epoch, max_loss, max_step, min_metric, several_steps
+    from bigdl_lite.ml.doctor import doctor
     from bigdl_lite.ml.estimator import TorchClassifier, TorchEstimator, TorchRegressor
     from bigdl_lite.ml.model import TorchModel
     from bigdl_lite.model.classes import F1, Accuracy, Precision, Recall
