@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +42,6 @@ _ARROW = pa.schema([
 ])  # fmt: skip
 
 
-@runtime_checkable
 class Metric(Protocol):
     """What evaluate asks of a metric; model/metrics.py has those with names."""
 
@@ -90,20 +89,16 @@ def evaluate(model: Any, frame: DataFrame, metrics: Any, label: str | None, weig
 
 
 def _chosen(metrics: Any, loss: Any, kind: str) -> tuple[Metric, ...]:
+    from bigdl_lite.model.metrics import metric_of
+
     asked = [metrics] if isinstance(metrics, str) or not isinstance(metrics, Sequence) else list(metrics)
-    if "loss" in asked and loss is None:
+    if loss is None and any(isinstance(metric, str) and metric == "loss" for metric in asked):
         raise RecipeError("the metric 'loss' is the mean of a loss: give it with evaluate(..., loss=nn.MSELoss())")
     made: list[Any] = [] if loss is None else [Loss(loss)]
     for metric in asked:
-        if metric == "loss":
+        if isinstance(metric, str) and metric == "loss":
             continue
-        if isinstance(metric, str):
-            from bigdl_lite.model.metrics import metric_of
-
-            metric = metric_of(metric, kind)
-        if not isinstance(metric, Metric):
-            raise RecipeError(f"a {type(metric).__name__} is no metric: give a name, or a value with name, sums and value")
-        made.append(metric)
+        made.append(metric_of(metric, kind))
     if not made:
         raise RecipeError("evaluate has nothing to measure: name at least one metric, or give a loss")
     twice = [metric.name for i, metric in enumerate(made) if metric.name in [other.name for other in made[:i]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from bigdl_lite.errors import DataError, RecipeError, UserError
 from bigdl_lite.ml.loss import Loss
 from tests.conftest import frame, mlp, problem
 
+METRICS = importlib.util.find_spec("bigdl_lite.model.metrics") is not None
 X, Y = problem(90)
 COMMON = {"engine": "local", "numWorkers": 1, "progress": "none", "batchSize": 30}
 
@@ -53,6 +55,25 @@ class Mean:
 class Raises(Mean):
     def sums(self, output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         raise KeyError("a metric of mine")
+
+
+@pytest.fixture(autouse=True)
+def _metric_of(monkeypatch):
+    """Where the package's own metrics are not there, values must do."""
+    if not METRICS:
+        monkeypatch.setitem(sys.modules, "bigdl_lite.model.metrics", stand_in([]))
+
+
+def stand_in(asked: list) -> ModuleType:
+    def metric_of(metric, kind):
+        asked.append((metric, kind))
+        if isinstance(metric, int):
+            raise RecipeError("int is no metric")
+        return Right(metric) if isinstance(metric, str) else metric
+
+    made = ModuleType("bigdl_lite.model.metrics")
+    made.metric_of = metric_of
+    return made
 
 
 def exact() -> nn.Module:
@@ -197,12 +218,30 @@ def test_a_loss_of_pixels_is_a_mean_over_pixels():
 
 
 def test_names_are_looked_up_with_the_kind_of_the_output(df, model, monkeypatch):
-    asked = []
-    stand_in = ModuleType("bigdl_lite.model.metrics")
-    stand_in.metric_of = lambda name, kind: (asked.append((name, kind)), Right(name))[1]
-    monkeypatch.setitem(sys.modules, "bigdl_lite.model.metrics", stand_in)
+    asked: list = []
+    monkeypatch.setitem(sys.modules, "bigdl_lite.model.metrics", stand_in(asked))
     assert model.evaluate(df, ["accuracy"])["accuracy"] == model.evaluate(df, Right())["right"]
-    assert asked == [("accuracy", "logits")]
+    assert asked == [("accuracy", "logits"), (Right(), "logits")]
+
+
+@pytest.mark.skipif(not METRICS, reason="the package's own metrics are not there")
+def test_names_of_the_package_are_what_scikit_learn_says(df, model, outputs):
+    from sklearn.metrics import accuracy_score, f1_score, r2_score, roc_auc_score
+
+    found = model.evaluate(df, ["accuracy", "f1_macro"])
+    guess = outputs.argmax(1).numpy()
+    assert found == pytest.approx({"accuracy": accuracy_score(Y, guess), "f1_macro": f1_score(Y, guess, average="macro")}, rel=1e-9)
+    halves = df.withColumn("label", (F.col("label") > 0).cast("double"))
+    one = TorchClassifier(module=lambda: mlp(classes=1), loss=nn.BCEWithLogitsLoss(), **COMMON).fit(halves)
+    with torch.inference_mode():
+        logit = one.module(torch.from_numpy(X))[:, 0].numpy()
+    found = one.evaluate(halves, ["auc", "accuracy"])
+    assert found["auc"] == pytest.approx(roc_auc_score(Y > 0, logit), abs=1e-3)
+    assert found["accuracy"] == pytest.approx(accuracy_score(Y > 0, logit > 0))
+    number = TorchRegressor(module=lambda: nn.Linear(5, 1), **COMMON).fit(df)
+    with torch.inference_mode():
+        output = number.module(torch.from_numpy(X))[:, 0].numpy()
+    assert number.evaluate(df, "r2")["r2"] == pytest.approx(r2_score(Y, output), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +258,7 @@ def test_names_are_looked_up_with_the_kind_of_the_output(df, model, monkeypatch)
         ("", ["loss"], {}, RecipeError, "give it with"),
         ("", [], {}, RecipeError, "nothing to measure"),
         ("", [Right(), Right()], {}, RecipeError, "the name 'right'"),
-        ("", [3], {}, RecipeError, "a int is no metric"),
+        ("", [3], {}, RecipeError, "int is no metric"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
