@@ -18,6 +18,7 @@ TEST = [
 # What callbacks and plots ask for; mlflow itself would pin pyarrow.
 EXTRAS = {
     "images": ["pillow>=10"],
+    "onnx": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],
     "plot": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboard>=2.14"],
     "mlflow": ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.10"],

@@ -120,7 +120,7 @@ class TorchEstimator(Estimator, HasTraining, MLWritable, MLReadable["TorchEstima
             predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
             checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0, maxRecoveries=3,
             hierarchical=False, metrics=[], monitor="val_loss", minDelta=0.0, callbacks=[], accumulation=1, precision="fp32",
-            compile=False,
+            compile=False, device="auto",
         )  # fmt: skip
         self.setParams(**given)
 
