@@ -20,6 +20,7 @@ from bigdl_lite.algorithms.shadow import shadowed
 from bigdl_lite.data.columns import Column, Columns
 from bigdl_lite.data.parquet import FILE
 from bigdl_lite.engine.arrange import arrange
+from bigdl_lite.engine.local import ALONE
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Outcome, Recipe, Start
 from bigdl_lite.engine.spark import ROW, read_columns, select
@@ -103,7 +104,7 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
     start = Start(weights, buffers, constants)
     dataset, columns, inputs = _columns(estimator, dataset, plan, loss)
     loss = weighted_by_class(loss, given("classWeights"), dataset, columns.label)
-    advance = TorchOptimizer(given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue"))
+    advance = advance_of(estimator)
     round_ = trying(lambda: method(given("algorithm"), advance), "the algorithm")
     round_ = trying(lambda: with_exchange(round_, given("exchange"), plan), "the exchange")
     replica = Replica(plan, start.weights.clone(), None, constants, loss)
@@ -130,6 +131,12 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
         given("limitBatches"),
     )  # fmt: skip
     return Job(estimator, engine, frame, recipe, start, replica, maker)
+
+
+def advance_of(estimator: Any) -> TorchOptimizer:
+    """How an owner advances its slice."""
+    given = estimator._given
+    return TorchOptimizer(given("optimizer"), given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue"))
 
 
 def _columns(estimator: Any, dataset: DataFrame | RDD[Any], plan: Blueprint, loss: Any) -> tuple[DataFrame, Columns, list[Any]]:
@@ -208,7 +215,7 @@ def make(maker: Any, seed: int) -> nn.Module:
     """The module with its first weights; the global random state is left as it was."""
     if isinstance(maker, nn.Module):
         return trying(lambda: copy.deepcopy(maker), "copy.deepcopy of the module")
-    with torch.random.fork_rng(devices=[]):
+    with ALONE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = trying(maker, "the function that makes the module")
     if not isinstance(made, nn.Module):
