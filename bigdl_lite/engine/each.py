@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms import Side
-from bigdl_lite.engine.recipe import Outcome, Recipe
+from bigdl_lite.algorithms.many import Many
+from bigdl_lite.algorithms.parts import TorchOptimizer
+from bigdl_lite.engine.recipe import Outcome, Recipe, Start
 from bigdl_lite.engine.watch import Watch
+from bigdl_lite.model.layout import blueprint
 from bigdl_lite.model.loss import Each, squeeze
 from bigdl_lite.model.stack import Stack
 
@@ -64,6 +67,18 @@ class WatchEach(Watch):
 
 def watch_each(watch: Watch, k: int) -> WatchEach:
     return WatchEach(watch.validates, watch.holdout, tuple(OfEach(metric, k) for metric in watch.metrics), watch.every, k=k)
+
+
+def stacked(recipe: Recipe, start: Start, advances: Sequence[TorchOptimizer]) -> tuple[Recipe, Start, Stack]:
+    """The recipe and the start of as many models as there are advances, and the stack of them, to split() the outcome with."""
+    k, coarse = len(advances), recipe.compute.precision != "fp32" or start.weights.dtype in (torch.float16, torch.bfloat16)
+    stack = Stack(recipe.blueprint, start.weights, start.buffers, start.constants, k, turns=coarse)
+    plan, weights, buffers, constants = blueprint(stack)
+    made = replace(
+        recipe, blueprint=plan, loss=Each(recipe.loss, k), watch=watch_each(recipe.watch, k),
+        round=replace(recipe.round, advance=Many(tuple(advances))),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return made, Start(weights, buffers, constants), stack
 
 
 def told(recipe: Recipe, sides: Sequence[Side], rates: Sequence[float]) -> dict[str, Any]:

@@ -16,12 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from bigdl_lite.algorithms.many import Many
-from bigdl_lite.engine.each import split, watch_each
+from bigdl_lite.engine.each import split, stacked
 from bigdl_lite.engine.pack import check
-from bigdl_lite.engine.recipe import Start
 from bigdl_lite.engine.trigger import EveryEpoch, MaxEpoch, MaxStep, SeveralSteps
 from bigdl_lite.errors import DivergedError, RecipeError, UserError
 from bigdl_lite.ml.model import TorchModel
@@ -31,10 +27,7 @@ from bigdl_lite.ml.resume import recovery_of
 from bigdl_lite.ml.rows import computed
 from bigdl_lite.ml.watching import Ears
 from bigdl_lite.model.batchnorm import SyncBatchNorm
-from bigdl_lite.model.layout import blueprint
-from bigdl_lite.model.loss import Each
 from bigdl_lite.model.replica import Replica
-from bigdl_lite.model.stack import Stack
 
 _LOG = logging.getLogger("bigdl_lite")
 _MOST = 50_000_000  # weights of the models of one pass; above it there is little left to save
@@ -70,7 +63,7 @@ class Models(Iterator[tuple[int, TorchModel]]):
                 continue
             one = _Pass([self._estimators[i] for i in members], dataset)
             _LOG.info("%s are trained in one pass over the rows", _shown(members))
-            self._passes |= {i: one for i in members}
+            self._passes |= dict.fromkeys(members, one)
 
     def __next__(self) -> tuple[int, TorchModel]:
         with self._lock:
@@ -173,7 +166,8 @@ def _with(job: Job, estimator: Any) -> Job:
     advance = advance_of(estimator)
     trying(lambda: advance.check(job.replica), "the optimizer or scheduler")
     check(optimizer=advance)
-    return replace(job, estimator=estimator, recipe=replace(job.recipe, round=replace(job.recipe.round, advance=advance)))
+    round_ = replace(job.recipe.round, advance=advance)  # type: ignore[arg-type]
+    return replace(job, estimator=estimator, recipe=replace(job.recipe, round=round_))
 
 
 def _run(jobs: Sequence[Job]) -> list[TorchModel]:
@@ -181,21 +175,13 @@ def _run(jobs: Sequence[Job]) -> list[TorchModel]:
     first, k = jobs[0], len(jobs)
     if k == 1:
         return [first.run()]
-    recipe, start = first.recipe, first.start
-    coarse = recipe.compute.precision != "fp32" or start.weights.dtype in (torch.float16, torch.bfloat16)
-    stack = Stack(first.plan, start.weights, start.buffers, start.constants, k, turns=coarse)
-    plan, weights, buffers, constants = blueprint(stack)
-    round_ = replace(recipe.round, advance=Many(tuple(job.recipe.round.advance for job in jobs)))  # type: ignore[misc]
-    loss = Each(recipe.loss, k)
-    replica = Replica(plan, weights.clone(), None, constants, loss)
-    trying(lambda: round_.advance.check(replica), "the optimizer or scheduler")
-    recipe = replace(
-        recipe, blueprint=plan, loss=loss, round=round_, watch=watch_each(recipe.watch, k),
-        recovery=recovery_of(first.estimator, round_, replica),
-    )  # fmt: skip
+    recipe, start, stack = stacked(first.recipe, first.start, [job.recipe.round.advance for job in jobs])  # type: ignore[misc]
+    replica = Replica(recipe.blueprint, start.weights.clone(), None, start.constants, recipe.loss)
+    trying(lambda: recipe.round.advance.check(replica), "the optimizer or scheduler")
+    recipe = replace(recipe, recovery=recovery_of(first.estimator, recipe.round, replica))
     with Ears(first.estimator, recipe, first.engine) as ears:
         with computed():
-            outcome = first.engine.fit(first.frame, recipe, Start(weights, buffers, constants), ears)
+            outcome = first.engine.fit(first.frame, recipe, start, ears)
         models = [job.model(of_one) for job, of_one in zip(jobs, split(outcome, stack), strict=True)]
         for model in models:
             ears.ended(model, 0)
