@@ -17,9 +17,11 @@ from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 from bigdl_lite.algorithms import Update
 from bigdl_lite.algorithms.many import Many
 from bigdl_lite.algorithms.parts import TorchOptimizer
+from bigdl_lite.data.checkpoint import Checkpoints
 from bigdl_lite.engine import each
+from bigdl_lite.engine.keeper import Keeper, start_from
 from bigdl_lite.engine.local import LocalEngine
-from bigdl_lite.engine.recipe import Outcome
+from bigdl_lite.engine.recipe import Outcome, Saving
 from bigdl_lite.errors import CheckpointError, DivergedError
 from bigdl_lite.model.loss import Each
 from bigdl_lite.model.replica import Replica
@@ -198,3 +200,18 @@ def test_a_state_is_put_back_whatever_the_cuts(name):
     torch.testing.assert_close(after[1].weights, whole[1].weights, rtol=1e-6, atol=1e-7)
     with pytest.raises(CheckpointError, match=r"no model"):
         many.join([before[0][0].state()])
+
+
+@pytest.mark.parametrize("name", ["rules", "schedules"])
+def test_a_pass_goes_on_from_a_state_on_disk(name, tmp_path):
+    """As it does from what the barrier engine keeps at the driver, after a rank is lost."""
+    made, start = local.recipe(local.net(), 2, SGD, batch_size=10, epochs=3, saving=Saving(1, "step"))
+    shares = local.shares(*local.data(37), [20, 17])
+    made, start, stack = each.stacked(made, start, SETS[name])
+    whole = Keeper(made, Checkpoints(str(tmp_path), "whole", 20))
+    undisturbed = each.split(LocalEngine().fit(shares, made, start, keep=whole), stack)
+    again, lines = start_from(Checkpoints(str(tmp_path), "whole", 20).at(6))
+    rest = LocalEngine().fit(shares, made, again, keep=Keeper(made, lines=lines))
+    gone_on = each.split(replace(rest, history=[*lines, *rest.history]), stack)
+    close(gone_on, undisturbed)
+    assert all(torch.equal(a.weights, b.weights) for a, b in zip(gone_on, undisturbed, strict=True))
