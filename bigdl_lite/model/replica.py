@@ -8,9 +8,9 @@ backward pass writes straight to where the others will read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -97,7 +97,8 @@ class Replica:
         models, and the buffer "told" has the loss of each.
         """
         self.gradient.zero_()
-        told = self.module.told.zero_() if isinstance(self.loss, Each) else None
+        stack: Any = self.module
+        told = stack.told.zero_() if isinstance(self.loss, Each) else None
         # a module whose layers meet the other ranks in forward must be entered even with nothing to compute
         if not batch.rows and not self._meets:
             return 0.0
@@ -111,21 +112,34 @@ class Replica:
             scale = _SCALE
         for at in range(0, batch.rows, rows):
             part = batch if rows == batch.rows else batch.part(at, at + rows)
-            with self._cast():
-                output = self._forward(*part.inputs)
-                self._check(output, part)
-                weight = self.weight(part)
-                loss = summed(self.loss, output, part, weight)
-            if not loss.requires_grad:
-                raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
-            if weight:  # else every row has ignore_index, or counts nothing: the mean over none of them is not a number
-                (loss.sum() * scale).backward()
-                total += float(loss.detach().mean())
-                if told is not None:
-                    told.add_(loss.detach())
+            for i, (loss, weight) in enumerate(self._losses(part)):
+                if not loss.requires_grad:
+                    raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
+                if weight:  # else every row has ignore_index, or counts nothing: the mean over none of them is not a number
+                    (loss.sum() * scale).backward()
+                    if told is None:
+                        total += float(loss.detach())
+                    else:
+                        told[i : i + loss.numel()] += loss.detach()
+        if told is not None:
+            total = float(told.mean())
         if scale != 1.0:
             self.gradient.div_(scale)
         return total
+
+    def _losses(self, part: Batch) -> Iterator[tuple[Tensor, float]]:
+        """The loss summed over the rows of `part`, and what it divides by; of a Stack the losses [k] of all models, or one [1]
+        after the other."""
+        rule, stack, one_by_one = self.loss, cast(Any, self.module), None
+        if isinstance(rule, Each) and not stack.together(*part.inputs):
+            rule, one_by_one = rule.loss, stack.in_turn(*part.inputs)
+        for _ in range(1 if one_by_one is None else stack.k):
+            with self._cast():
+                output = self._forward(*part.inputs) if one_by_one is None else next(one_by_one)
+                self._check(output, part, rule)
+                weight = self.weight(part)
+                loss = summed(rule, output, part, weight)
+            yield loss, weight
 
     def _cast(self) -> Any:
         dtype = PRECISIONS[self.compute.precision]
@@ -153,7 +167,7 @@ class Replica:
     def _measured(self, batch: Batch, metrics: Sequence[Sums], counts: bool) -> list[Tensor]:
         k = batch.rows
         output = first(self.module(*(filled(x, _LANES) for x in batch.inputs)), k)
-        self._check(output, batch)
+        self._check(output, batch, self.loss)
         weight = self.weight(batch) if counts else 0.0
         losses = [0.0] * (self.loss.k if isinstance(self.loss, Each) else 1)
         if weight:
@@ -178,7 +192,7 @@ class Replica:
         assert target is not None
         return rule.weight is not None or target.ndim > 1 or self.weight(share) != share.rows
 
-    def _check(self, output: Any, batch: Batch) -> None:
+    def _check(self, output: Any, batch: Batch, rule: Any) -> None:
         target = batch.target
         for x in _tensors(output):
             if x.ndim == 0 or x.shape[0] != batch.rows:
@@ -187,7 +201,6 @@ class Replica:
                 )
         if not isinstance(output, Tensor) or target is None:
             return
-        rule = self.loss
         if isinstance(rule, Each):
             rule, output = rule.loss, output[:, 0]
         if isinstance(rule, Squeezed):

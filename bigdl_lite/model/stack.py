@@ -6,20 +6,25 @@
 
 The loss of a stack is Each (model/loss.py): the sum of the losses of the models has the gradients of separate fits.
 
-    together  torch.func.vmap: one kernel where k modules need k. Kernels of many small operations gain most
-    in turn   one model after the other, from one state of the random generator
+    together  torch.func.vmap: one kernel where k modules need k. It pays where kernels are so small that starting them is the work
+    in turn   one model after the other, from one state of the random generator: the kernels of separate fits, and every bit of them
+
+    one thread of a CPU, 8 models, ms     rows   8 separate   together   in turn
+    2 layers, 771 values                   128          2.0        1.1       2.5
+    2 layers, 771 values                 2,048          4.3        5.0       5.1
+    LeNet                                  128          100        118       101
 
 Together is tried at the first forward pass, in training and in evaluation, and compared with one model alone. What vmap cannot do
-(LSTM, control flow that looks at values) or does with other random numbers (dropout in attention) goes in turn, and so do
-convolutions: k of them are one grouped convolution, which is slower on CPUs (LeNet, 8 models, 128 rows: 440 ms, in turn 325).
-In turn, every kernel is that of a separate fit, and so is every bit. BatchNorm needs it: the gradient of a bias before it is zero but
-for rounding, which Adam makes into steps as long as any.
+(LSTM, control flow that looks at values), or does with other random numbers (dropout in attention), goes in turn; so do many rows on
+a CPU, and convolutions, which become grouped ones. BatchNorm needs it: the gradient of a bias before it is zero but for rounding,
+which Adam makes into steps as long as any.
 
     n  trainable values of one model      b  rows      k  models
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,8 +32,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from bigdl_lite.errors import RecipeError
-from bigdl_lite.model.layout import Blueprint, Layout
+from bigdl_lite.model.layout import Blueprint, Layout, Span
 
+_SMALL = 500_000  # rows times values of a model: above it a CPU has enough to do with one
 _IN_TURN = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
 
 
@@ -57,6 +63,7 @@ class Stack(nn.Module):
             x = span.view(buffers).to(span.dtype)
             self.register_buffer(f"buffer{j}", x.repeat(k, *[1] * x.ndim))
         turns = turns or any(isinstance(m, _IN_TURN) for m in plan.skeleton.modules())
+        self._kept: tuple[Any, list[dict[str, Tensor]]] | None = None
         self._together: dict[bool, bool] = dict.fromkeys((True, False), False) if turns else {}  # by training
 
     @property
@@ -77,21 +84,48 @@ class Stack(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        if self.together(*inputs):
+            return self._vmapped(self._weights(), self._states(), inputs)
+        return torch.stack([*self.in_turn(*inputs)]).movedim(0, 1)  # in memory [k, b, ...]: what a loss sees of a model is contiguous
+
+    def together(self, *inputs: Tensor) -> bool:
+        """Whether forward computes all models of these rows at the same time."""
+        if self.training not in self._together:
+            self._together[self.training] = self._tried(self._weights(), self._states(), inputs)
+        small = self.stack.device.type != "cpu" or len(inputs[0]) * self.inner.n <= _SMALL
+        return self._together[self.training] and small
+
+    def in_turn(self, *inputs: Tensor) -> Iterator[Tensor]:
+        """The output of one model after the other, [b, ...]. Who goes backward before the next needs the memory of one only."""
+        before, buffers = _random(self.stack.device), self._states()
+        for i, weights in enumerate(self._rows()):
+            if i:
+                _set_random(self.stack.device, before)
+            yield self._alone(weights, _row(buffers, i), inputs)
+
+    def _states(self) -> dict[str, Tensor]:
+        return {span.name: getattr(self, f"buffer{j}") for j, span in enumerate(self.inner.buffers)}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The tensors of all models, [k, ...] by name."""
         spans = self.inner.parameters
         # one split, not a slice for each tensor: the gradient of a slice is as long as the stack
         parts = self.stack.split([span.stop - span.start for span in spans], 1)
-        weights = {span.name: x.view(self.k, *span.shape) for span, x in zip(spans, parts, strict=True)}
-        buffers = {span.name: getattr(self, f"buffer{j}") for j, span in enumerate(self.inner.buffers)}
-        if self.training not in self._together:
-            self._together[self.training] = self._tried(weights, buffers, inputs)
-        if self._together[self.training]:
-            return self._vmapped(weights, buffers, inputs)
-        before, outputs = _random(self.stack.device), []
-        for i in range(self.k):
-            if i:
-                _set_random(self.stack.device, before)
-            outputs.append(self._alone(_row(weights, i), _row(buffers, i), inputs))
-        return torch.stack(outputs).movedim(0, 1)  # in memory [k, b, ...]: what a loss sees of a model is contiguous
+        return {span.name: x.view(self.k, *span.shape) for span, x in zip(spans, parts, strict=True)}
+
+    def _rows(self) -> list[dict[str, Tensor]]:
+        """The tensors of each model: leaves with gradients that are views into that of the stack, where it has one.
+
+        A backward pass then writes where it should; through the one parameter it would write, copy and add vectors of k n values.
+        """
+        data, grad = self.stack.data, self.stack.grad
+        if grad is None or not torch.is_grad_enabled():
+            return [{span.name: span.view(row) for span in self.inner.parameters} for row in self.stack.unbind()]
+        key = data.data_ptr(), grad.data_ptr()
+        if self._kept is None or self._kept[0] != key:
+            pairs = [*zip(data, grad, strict=True)]
+            self._kept = key, [{span.name: _leaf(span, *pair) for span in self.inner.parameters} for pair in pairs]
+        return self._kept[1]
 
     def _alone(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         frozen = {name: getattr(self, f"frozen{j}") for j, name in enumerate(self._frozen)}
@@ -124,6 +158,12 @@ class Stack(nn.Module):
                 _set_random(self.stack.device, before)
         found = [(alone, together), *((copies[0][name][0], copies[1][name][0]) for name in buffers)]
         return drawn and all(x.shape == y.shape and torch.allclose(x, y, 1e-4, 1e-6, equal_nan=True) for x, y in found)
+
+
+def _leaf(span: Span, weights: Tensor, gradient: Tensor) -> nn.Parameter:
+    leaf = nn.Parameter(span.view(weights))
+    leaf.grad = span.view(gradient)
+    return leaf
 
 
 def _row(tensors: dict[str, Tensor], i: int) -> dict[str, Tensor]:

@@ -202,3 +202,18 @@ def test_a_replica_tells_the_loss_of_each_model_and_the_gradient_of_all():
         assert replica.module.told[i].item() == pytest.approx(single.backward(batch, 0), rel=1e-6)
         torch.testing.assert_close(replica.gradient.view(K, -1)[i], single.gradient)
     assert total == pytest.approx(replica.module.told.mean().item(), rel=1e-6)
+
+
+def test_many_rows_go_in_turn_and_give_the_same():
+    torch.manual_seed(0)
+    made = stacked(nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.2), nn.Linear(7, 2)))
+    plan, weights, _, constants = blueprint(made)
+    replica = Replica(plan, weights, torch.zeros_like(weights), constants, Each(nn.CrossEntropyLoss(), K))
+    many = source._SMALL // made.inner.n + 1
+    batch = Batch((torch.randn(many, 5),), torch.arange(many) % 2)
+    assert not replica.module.together(*batch.inputs) and replica.module.together(batch.inputs[0][:-1])
+    first, gradient, told = replica.backward(batch, 0), replica.gradient.clone(), replica.module.told.clone()
+    replica.module.together = lambda *inputs: True
+    assert first == pytest.approx(replica.backward(batch, 0), rel=1e-6)
+    torch.testing.assert_close(gradient, replica.gradient, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(told, replica.module.told)
