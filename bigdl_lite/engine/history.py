@@ -82,6 +82,9 @@ class History:
         for key in (*_SUMS, "rows"):
             total[key] += line[key]
         total["loss"] += line["loss"] * line["rows"]
+        if "losses" in line:
+            before = total.get("losses") or [0.0] * len(line["losses"])
+            total["losses"] = [x + loss * line["rows"] for x, loss in zip(before, line["losses"], strict=True)]
         self._since[0] += line["loss"] * line["rows"]
         self._since[1] += line["rows"]
         total["steps"] += 1
@@ -101,10 +104,17 @@ class History:
         """The mean loss of the epoch, so far."""
         return self._epoch["loss"] / max(1, self._epoch["rows"]) if self._epoch else 0.0
 
+    @property
+    def means(self) -> list[float]:
+        """The mean loss of each model in the epoch so far, where several are trained together (engine/each.py); else none."""
+        return [x / max(1, self._epoch["rows"]) for x in self._epoch.get("losses", ())]
+
     def epoch(self, epoch: int, more: Mapping[str, Any] | None = None) -> float:
         """Closes the epoch; returns its mean loss."""
-        mean, total, self._epoch = self.mean, self._epoch, {}
+        mean, means, total, self._epoch = self.mean, self.means, self._epoch, {}
         line = {"epoch": epoch, **total, "loss": mean, "sync_ratio": _ratio(total), **(more or {})}
+        if means:
+            line["losses"] = means
         self.lines.append(line)
         self._observer(line)
         return line["loss"]

@@ -1,7 +1,8 @@
 """The local engine: ranks are threads of this process that take turns. The reference that the others must equal.
 
 Only one rank computes at a time, and gives its turn away only where it waits for the others. So torch's random state,
-which belongs to the process, can belong to each rank in its turn, and a run repeats to the bit.
+which belongs to the process, can belong to each rank in its turn, and a run repeats to the bit. Of several fits in one
+process, one trains at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.errors import BigDLError, PeerLost, RecipeError, UserError, report
 
+# torch's default generator and number of threads belong to the process: who sets them holds this, so that fits in several threads of
+# a program do not draw each other's numbers
+ALONE = threading.RLock()
+
+_RANK = "bigdl_lite-rank-"  # begins the names of the threads
 Frame = Sequence[Iterable[pa.RecordBatch]]
 
 
@@ -43,10 +49,13 @@ class LocalEngine:
                 f"{type(recipe.round.peer).__name__} lets workers be of different speed, and those of the local engine are threads "
                 "that take turns: take engine='barrier'"
             )
+        if threading.current_thread().name.startswith(_RANK):  # it would wait for itself
+            raise RecipeError("a callback of a fit in the local engine cannot run another one: fit when the first has ended")
         found = [shares(batches, recipe.columns, rank, recipe.watch.holdout) for rank, batches in enumerate(frame)]
         agreed = agree([shapes(share or held) for share, held in found], recipe.columns)
         full = [tuple(nothing(recipe.columns, agreed) if x is None else x for x in pair) for pair in found]
-        return _Threads(recipe, start, [share for share, _ in full], [held for _, held in full], observer, keep).run()
+        with ALONE:
+            return _Threads(recipe, start, [share for share, _ in full], [held for _, held in full], observer, keep).run()
 
 
 @contextlib.contextmanager
@@ -81,7 +90,7 @@ class _Threads:
         self.blocks = [
             Block(self.memories[at.node], self.size, at.local, self.recipe.deadline, self._pass_turn, watch=False) for at in places
         ]
-        threads = [threading.Thread(target=self._rank, args=(r,), name=f"rank-{r}", daemon=True) for r in range(p)]
+        threads = [threading.Thread(target=self._rank, args=(r,), name=f"{_RANK}{r}", daemon=True) for r in range(p)]
         with torch.random.fork_rng(devices=[]), _one_thread():
             for thread in threads:
                 thread.start()

@@ -17,6 +17,7 @@ from bigdl_lite.batch import Batch, mix, order, rounds
 from bigdl_lite.comm.block import Size
 from bigdl_lite.data.arrow import shapes
 from bigdl_lite.engine.apart import train_apart
+from bigdl_lite.engine.each import told
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.meeting import SIDE, Meeting
@@ -134,9 +135,9 @@ class _Rank:
         work = Work(mix(seed, 2, step, self.rank), epoch, self.advancer.rates(), self.rank, step)
         if method.exchange is not None:
             meeting.begin(replica, plan.sum(0).tolist(), step, mix(seed, 3, step))
-        told, loss = method.local(replica, batches, work)
+        update, loss = method.local(replica, batches, work)
         done, mine = time.perf_counter(), int(plan[:, self.rank].sum())
-        meeting.tell(mine, told.weight, loss, done - ready, ready - began, replica.buffers, self.keep.wish)
+        meeting.tell(mine, update.weight, loss, done - ready, ready - began, replica.buffers, self.keep.wish)
         vector = meeting.exchanged() if method.exchange is not None else None
         sides, sent = meeting.sides()
         self.history.sent(sent)
@@ -157,7 +158,8 @@ class _Rank:
         if replica.layout.m and len(sides) > 1:
             replica.buffers = merge_buffers(sides)
         meeting.publish()
-        self.history.step(step, epoch, sides, mean, time.perf_counter() - began, self.advancer.rates()[0])
+        rates, seconds = self.advancer.rates(), time.perf_counter() - began
+        self.history.step(step, epoch, sides, mean, seconds, rates[0], told(self.recipe, sides, rates))
         return mean
 
     def _after(self, now: Position, epoch: int, mean: float) -> None:
@@ -169,7 +171,7 @@ class _Rank:
             self.history.sent(meeting.sent())
         if last:
             mean = self.history.mean
-            self.advancer.end_epoch(mean)
+            self.advancer.end_epoch(self.history.means or mean)
         found = self._validate(now.step) if validate else {}
         if last:
             self.history.epoch(epoch, found)

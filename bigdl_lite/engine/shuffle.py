@@ -44,6 +44,7 @@ from bigdl_lite.batch import rounds
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
+from bigdl_lite.engine.each import told
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
 from bigdl_lite.engine.order import Order
@@ -233,7 +234,7 @@ class _Rounds:
             mean = self.history.mean
             with blamed("the driver, in the scheduler"):
                 for advancer in self.advancers:
-                    advancer.end_epoch(mean)
+                    advancer.end_epoch(self.history.means or mean)
         values = self._validate(now.step, ground) if validate else {}
         if last:
             self.history.epoch(epoch, values)
@@ -308,8 +309,8 @@ class _Rounds:
         if self.recipe.blueprint.layout.m:
             self.replica.buffers = merge_buffers(sides)
             self.buffers = self.replica.buffers  # as rounded to their own dtypes
-        seconds, rate = time.perf_counter() - began, self.advancers[0].rates()[0]
-        self.history.step(order.round, order.epoch, sides, mean, seconds, rate)
+        seconds, rates = time.perf_counter() - began, self.advancers[0].rates()
+        self.history.step(order.round, order.epoch, sides, mean, seconds, rates[0], told(self.recipe, sides, rates))
         self.history.sent(sent)
         return mean
 

@@ -5,9 +5,9 @@ From Params to a Recipe, from a DataFrame to a frame of numWorkers partitions, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyspark import RDD
@@ -27,8 +27,12 @@ from bigdl_lite.ml.head import classifier_kind
 from bigdl_lite.ml.model import TorchClassificationModel, TorchModel, TorchRegressionModel
 from bigdl_lite.ml.params import HasTraining, set_given
 from bigdl_lite.ml.prepare import prepare
+from bigdl_lite.ml.search import Models
 from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Squeezed, rule_of
 from bigdl_lite.wire.codec import Codec
+
+if TYPE_CHECKING:
+    from pyspark.ml._typing import ParamMap
 
 
 class TorchEstimator(Estimator, HasTraining, MLWritable, MLReadable["TorchEstimator"]):
@@ -149,6 +153,14 @@ class TorchEstimator(Estimator, HasTraining, MLWritable, MLReadable["TorchEstima
         from bigdl_lite.ml.spelled import EstimatorReader
 
         return EstimatorReader(cls, trust).load(path)
+
+    def fitMultiple(self, dataset: DataFrame | RDD[Any], paramMaps: Sequence[ParamMap]) -> Iterator[tuple[int, TorchModel]]:
+        """A thread-safe iterator of (index, model), as CrossValidator and TrainValidationSplit ask for.
+
+        Models whose Params differ in nothing but optimizer, scheduler and limits on gradients are trained together, in one pass
+        over the rows; the results are those of separate fits. See ml/search.py.
+        """
+        return Models(self.copy(), dataset, paramMaps)
 
     def _fit(self, dataset: DataFrame | RDD[Any]) -> TorchModel:
         return prepare(self, dataset).run()

@@ -22,6 +22,7 @@ from bigdl_lite.algorithms.shadow import shadowed
 from bigdl_lite.data.columns import Column, Columns
 from bigdl_lite.data.parquet import FILE
 from bigdl_lite.engine.arrange import arrange
+from bigdl_lite.engine.local import ALONE
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Outcome, Recipe, Start
 from bigdl_lite.engine.spark import ROW, read_columns, select
@@ -71,17 +72,13 @@ class Job:
             finally:
                 if keeper:
                     keeper.close()
-            model = self.model(replace(outcome, history=[*before, *outcome.history]))
-            model._facts = {
-                "workers": recipe.num_workers, "seconds": told.seconds, "shares": outcome.shares, "before": len(before),
-                "monitor": recipe.watch.monitor, "higher": recipe.watch.higher,
-            }  # fmt: skip
+            model = self.model(replace(outcome, history=[*before, *outcome.history]), told.seconds, len(before))
             told.ended(model.history, model)
         _LOG.info("%s", model.summary.report)
         return model
 
-    def model(self, outcome: Outcome) -> TorchModel:
-        """The model of an outcome of this job."""
+    def model(self, outcome: Outcome, seconds: float, before: int = 0) -> TorchModel:
+        """The model of an outcome of this job. seconds: of the fit; before: lines of its history that an earlier fit made."""
         estimator, columns = self.estimator, self.recipe.columns
         if not is_finite(outcome.weights):
             raise DivergedError("the weights are not finite after the last step; lower the learning rate or clip gradients (clipNorm)")
@@ -92,6 +89,10 @@ class Job:
         )
         model = model_of(estimator._model, columns, head, self.plan, self.start, outcome, self.maker)
         model._resetUid(estimator.uid)
+        model._facts = {
+            "workers": self.recipe.num_workers, "seconds": seconds, "shares": outcome.shares, "before": before,
+            "monitor": self.recipe.watch.monitor, "higher": self.recipe.watch.higher,
+        }  # fmt: skip
         return estimator._copyValues(model)
 
 
@@ -117,8 +118,7 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
     start = Start(weights, buffers, constants)
     dataset, columns, inputs = _columns(estimator, dataset, plan, loss)
     loss = weighted_by_class(loss, given("classWeights"), dataset, columns.label)
-    optimizer = optimizer_of(estimator)
-    advance = TorchOptimizer(optimizer, given("scheduler"), given("schedulerInterval"), given("clipNorm"), given("clipValue"))
+    advance = advance_of(estimator)
     round_ = trying(lambda: method(given("algorithm"), advance), "the algorithm")
     round_ = trying(lambda: with_exchange(round_, given("exchange"), plan), "the exchange")
     replica = Replica(plan, start.weights.clone(), None, constants, loss)
@@ -159,6 +159,12 @@ def optimizer_of(estimator: Any) -> Any:
     if other is not None:
         raise RecipeError(f"{other} is for an optimizer by name ('adam', 'sgd', ...), and optimizer is a function: say it there")
     return asked
+
+
+def advance_of(estimator: Any) -> TorchOptimizer:
+    """How an owner advances its slice."""
+    names = ("scheduler", "schedulerInterval", "clipNorm", "clipValue")
+    return TorchOptimizer(optimizer_of(estimator), *(estimator._given(name) for name in names))
 
 
 def _columns(estimator: Any, dataset: DataFrame | RDD[Any], plan: Blueprint, loss: Any) -> tuple[DataFrame, Columns, list[Any]]:
@@ -237,7 +243,7 @@ def make(maker: Any, seed: int) -> nn.Module:
     """The module with its first weights; the global random state is left as it was."""
     if isinstance(maker, nn.Module):
         return trying(lambda: copy.deepcopy(maker), "copy.deepcopy of the module")
-    with torch.random.fork_rng(devices=[]):
+    with ALONE, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = trying(maker, "the function that makes the module")
     if not isinstance(made, nn.Module):

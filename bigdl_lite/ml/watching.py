@@ -56,7 +56,7 @@ def weighted_by_class(loss: Any, asked: Any, dataset: DataFrame, label: Column |
     if getattr(loss, "pos_weight", None) is not None or loss.weight is not None:
         raise RecipeError(f"classWeights is given, and {type(loss).__name__} has weights of its own: leave out one")
     assert label is not None
-    weights = _counted(dataset, label.name) if isinstance(asked, str) else list(asked)
+    weights = _counted(dataset, label.name) if isinstance(asked, str) else [float(x) for x in asked]
     loss = copy.deepcopy(loss)
     if isinstance(loss, nn.BCEWithLogitsLoss):
         if len(weights) != 2:

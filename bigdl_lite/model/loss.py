@@ -36,6 +36,17 @@ class Squeezed:
         return self.loss(squeeze(output, target), target)
 
 
+@dataclass(frozen=True)
+class Each:
+    """The loss of k models that are trained together, of outputs [b, k, ...] (model/stack.py): each model's own, and their sum."""
+
+    loss: Loss
+    k: int
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return sum((self.loss(x, target) for x in output.unbind(1)), start=output.new_zeros(()))
+
+
 def squeeze(output: Any, target: Tensor | None) -> Any:
     fits = isinstance(output, Tensor) and target is not None and output.ndim == 2 and output.shape[1] == 1 and target.ndim == 1
     return output.squeeze(1) if fits else output
@@ -43,7 +54,9 @@ def squeeze(output: Any, target: Tensor | None) -> Any:
 
 def rule_of(loss: Loss) -> Any:
     """The loss that the user gave."""
-    return loss.loss if isinstance(loss, Squeezed) else loss
+    while isinstance(loss, Squeezed | Each):
+        loss = loss.loss
+    return loss
 
 
 def by_row(loss: Loss) -> Loss:
@@ -89,7 +102,9 @@ def weight_of(loss: Loss, batch: Batch) -> float:
 
 
 def summed(loss: Loss, output: Any, batch: Batch, weight: float) -> Tensor:
-    """The loss summed over the rows of `batch`, of weight_of() `weight`: a tensor of one number."""
+    """The loss summed over the rows of `batch`, of weight_of() `weight`: a tensor of one number; [k] for Each of k models."""
+    if isinstance(loss, Each):
+        return torch.stack([summed(loss.loss, x, batch, weight).reshape(()) for x in output.unbind(1)])
     value = loss(output, batch.target)
     if batch.weight is None:
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -115,6 +130,8 @@ def check_output(loss: Loss, output: Any, batch: Batch) -> None:
             )
     if not isinstance(output, Tensor) or target is None:
         return
+    if isinstance(loss, Each):
+        loss, output = loss.loss, output[:, 0]
     rule = rule_of(loss)
     if isinstance(loss, Squeezed):
         output = squeeze(output, target)

@@ -8,9 +8,9 @@ backward pass writes straight to where the others will read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from bigdl_lite.batch import Batch
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.layout import Blueprint, read_buffers, write_buffers
-from bigdl_lite.model.loss import Loss, check_output, class_rule, rule_of, squeeze, summed, tensors, weight_of
+from bigdl_lite.model.loss import Each, Loss, check_output, class_rule, rule_of, squeeze, summed, tensors, weight_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE = 1024.0  # by which gradients are larger while they are of 16 bits with 5 of exponent
@@ -93,9 +93,12 @@ class Replica:
         """Fills `gradient` with the gradient summed over the rows of `batch`; returns the loss summed over them.
 
         The loss is a mean over rows, so it is multiplied by weight(batch) before the backward pass: sums can be added
-        across workers and divided once. Random numbers (dropout) depend on `seed` alone.
+        across workers and divided once. Random numbers (dropout) depend on `seed` alone. Of a Stack it is the mean over the
+        models, and the buffer "told" has the loss of each.
         """
         self.gradient.zero_()
+        stack: Any = self.module
+        told = stack.told.zero_() if isinstance(self.loss, Each) else None
         # a module whose layers meet the other ranks in forward must be entered even with nothing to compute
         if not batch.rows and not self._meets:
             return 0.0
@@ -109,26 +112,42 @@ class Replica:
             scale = _SCALE
         for at in range(0, batch.rows, rows):
             part = batch if rows == batch.rows else batch.part(at, at + rows)
-            with self._cast():
-                output = self._forward(*part.inputs)
-                check_output(self.loss, output, part)
-                weight = self.weight(part)
-                loss = summed(self.loss, output, part, weight)
-            if not loss.requires_grad:
-                raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
-            if weight:  # else every row has ignore_index, or counts nothing: the mean over none of them is not a number
-                (loss * scale).backward()
-                total += float(loss.detach())
+            for i, (loss, weight) in enumerate(self._losses(part)):
+                if not loss.requires_grad:
+                    raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
+                if weight:  # else every row has ignore_index, or counts nothing: the mean over none of them is not a number
+                    (loss.sum() * scale).backward()
+                    if told is None:
+                        total += float(loss.detach())
+                    else:
+                        told[i : i + loss.numel()] += loss.detach()
+        if told is not None:
+            total = float(told.mean())
         if scale != 1.0:
             self.gradient.div_(scale)
         return total
+
+    def _losses(self, part: Batch) -> Iterator[tuple[Tensor, float]]:
+        """The loss summed over the rows of `part`, and what it divides by; of a Stack the losses [k] of all models, or one [1]
+        after the other."""
+        rule, stack, one_by_one = self.loss, cast(Any, self.module), None
+        if isinstance(rule, Each) and not stack.together(*part.inputs):
+            rule, one_by_one = rule.loss, stack.in_turn(*part.inputs)
+        for _ in range(1 if one_by_one is None else stack.k):
+            with self._cast():
+                output = self._forward(*part.inputs) if one_by_one is None else next(one_by_one)
+                check_output(rule, output, part)
+                weight = self.weight(part)
+                loss = summed(rule, output, part, weight)
+            yield loss, weight
 
     def _cast(self) -> Any:
         dtype = PRECISIONS[self.compute.precision]
         return torch.autocast(self.weights.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def measure(self, batch: Batch, metrics: Sequence[Sums], size: int) -> list[Tensor]:
-        """[the loss summed over the rows of `batch`, what it divides by], and the sums of each metric; vectors of float64.
+        """[the loss summed over the rows of `batch`, what it divides by], and the sums of each metric; vectors of float64. The
+        losses of a Stack come first, one after the other.
 
         The module is in evaluation mode, and sees `size` rows at a time, filled up to a multiple of 16 so that the output of a
         row does not depend on how many there are. A worker without rows computes on two of zeros, of which nothing counts.
@@ -150,12 +169,14 @@ class Replica:
         output = first(self.module(*(filled(x, _LANES) for x in batch.inputs)), k)
         check_output(self.loss, output, batch)
         weight = self.weight(batch) if counts else 0.0
-        loss = float(summed(self.loss, output, batch, weight)) if weight else 0.0
+        losses = [0.0] * (self.loss.k if isinstance(self.loss, Each) else 1)
+        if weight:
+            losses = summed(self.loss, output, batch, weight).reshape(-1).tolist()
         each = torch.full([k], float(counts), dtype=torch.float64, device=self.weights.device)
         if counts and batch.weight is not None:
             each = batch.weight.double()
         found = [m.sums(squeeze(output, batch.target), batch.target, each).double().cpu() for m in metrics]
-        return [torch.tensor([loss, weight], dtype=torch.float64), *found]
+        return [torch.tensor([*losses, weight], dtype=torch.float64), *found]
 
     def weight(self, batch: Batch) -> float:
         """What the loss divides by to be a mean over this batch: see loss.weight_of."""

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ON_HOSTS = ("network", "s2", "gradiveq", "overlap", "pipe", "neighbours")
 NAMES = (
     "training", "memory", "meeting", "growth", "fits", "start", "ingest", "transform", "large", "overhead", "distributor", "soak",
-    "codecs", "skew", "stragglers", *ON_HOSTS,
+    "codecs", "skew", "stragglers", "search", *ON_HOSTS,
 )  # fmt: skip
 MODULES = {"s2": "embedding"}  # where a module's name is another
 

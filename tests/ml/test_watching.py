@@ -150,6 +150,20 @@ def test_a_callback_hears_a_fit_and_ends_it(rows: Any, engine: str) -> None:
     assert any(isinstance(event, StepEnded) for event in heard) and any(isinstance(event, Validated) for event in heard)
 
 
+def test_a_local_fit_inside_a_callback_of_another_is_refused(rows: Any) -> None:
+    """Both would seed the one generator of this process; it would wait for the fit that it is a part of."""
+    heard: list[Any] = []
+
+    class Greedy(Callback):
+        def on_epoch(self, event: EpochEnded) -> None:
+            with pytest.raises(RecipeError, match="cannot run another"):
+                classifier(epochs=1).fit(rows)
+            heard.append(event.epoch)
+
+    classifier(epochs=2, callbacks=[Greedy()]).fit(rows)
+    assert heard == [0, 1]
+
+
 @pytest.mark.parametrize("average", [EMA(0.9), SWA(2)], ids=repr)
 def test_the_model_has_averaged_weights(rows: Any, average: Any) -> None:
     plain = classifier().fit(rows)
@@ -197,6 +211,8 @@ def test_classes_count_alike_when_balanced(spark: Any) -> None:
     a = classifier(module=two, classWeights="balanced").fit(df)
     torch.testing.assert_close(flat(a.module), flat(classifier(module=two, loss=by_hand).fit(df).module))
     torch.testing.assert_close(flat(a.module), flat(classifier(module=two, classWeights=weights).fit(df).module))
+    whole = [flat(classifier(module=two, classWeights=numbers).fit(df).module) for numbers in ([1, 3], [1.0, 3.0])]
+    torch.testing.assert_close(*whole)
     assert not torch.allclose(flat(a.module), flat(classifier(module=two).fit(df).module))  # control
 
 
