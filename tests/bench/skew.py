@@ -9,7 +9,8 @@ models on average. Each method has the rate that was best for it, of the same RA
 those that are told; `python -m tests.bench.skew` looks for these rates again, in four times as long.
 
 The quasi-global momentum forgets five times more slowly (with 0.9 and Nesterov's step it takes 52 steps, not 10, to come to its
-size), so it begins more slowly: in fits of 200 steps it lags where shares are alike. Those here leave it time to catch up.
+size), so it begins more slowly, and it is less noisy. Where shares are alike, steps and batch decide which of the two counts: in short
+fits, or with large batches, it lags by points, and with small batches it leads by one. These here are in between.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from tests.bench.gaussians import CLASSES, FEATURES, mixture
 from tests.bench.report import Claim, Context, Row
 
 ALPHAS = (0.02, 0.1, 10.0)
-TRAIN, HELD, SEEDS = 32_000, 4_000, 3
-OTHER_SEEDS = (100, 101)  # those that rates are looked for with
-RATES = (0.05, 0.1, 0.2)
+TRAIN, HELD = 32_000, 20_000
+SEEDS, OTHER_SEEDS = (3, 4, 5), (100, 101)  # those that are told, and those that rates are looked for with
+RATES = (0.05, 0.1, 0.2)  # with 0.4 both methods were worse
 GUESS, POINTS = 100.0 / CLASSES, 1.0  # per cent right of a guess; points of a gap
 COLUMNS = Columns((Column("numbers", torch.float32, 1),), Column("label", torch.int64))
 OURS, OTHER = "QG-DSGDm-N", "DSGDm-N"
@@ -66,8 +67,8 @@ class Network:
 
 
 NETWORKS = (
-    Network("ring", 8, 32, 750, {OURS: (0.2, 0.2, 0.2), OTHER: (0.1, 0.2, 0.1)}),
-    Network("davis", 32, 12, 500, {OURS: (0.2, 0.2, 0.2), OTHER: (0.1, 0.1, 0.2)}),
+    Network("ring", 8, 20, 800, {OURS: (0.2, 0.2, 0.1), OTHER: (0.05, 0.1, 0.1)}),
+    Network("davis", 32, 12, 500, {OURS: (0.2, 0.2, 0.2), OTHER: (0.1, 0.1, 0.1)}),
 )
 
 
@@ -186,7 +187,7 @@ def tuned(method: str, where: Network, alpha: float) -> float:
 
 def run(context: Context) -> tuple[list[Row], list[Claim]]:
     rows, claims = [], []
-    seeds = range(1 if context.quick else SEEDS)
+    seeds = SEEDS[: 1 if context.quick else None]
     for where in [replace(x, steps=24) for x in NETWORKS] if context.quick else NETWORKS:
         sent: set[int] = set()
         for alpha, *rates in zip(ALPHAS, where.rates[OURS], where.rates[OTHER], strict=True):
