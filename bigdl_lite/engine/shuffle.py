@@ -45,10 +45,11 @@ from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
+from bigdl_lite.engine.memory import MemoryRoute
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
-from bigdl_lite.engine.routes import SMALL, Blind, ExchangeRoute, Ground, MemoryRoute, Route, ShuffleRoute, window_for
+from bigdl_lite.engine.routes import SMALL, Blind, Coming, ExchangeRoute, Ground, Route, ShuffleRoute, nothing, window_for
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import in_order, is_classic, jobs, on_this_machine, slots
 from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
@@ -168,7 +169,7 @@ class _Rounds:
             if resume:
                 resume.check(dealt(self.recipe, counts, resume.now))
             begins = np.cumsum(plan, axis=0) - plan
-            base = Order(self.recipe.run, counts, tuple(self.cuts))
+            base = Order(self.recipe.run, counts, tuple(self.cuts), rates=tuple(self.advancers[0].rates()))
             ground = Ground(
                 self.sc, tokens, self.recipe, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),
@@ -193,9 +194,12 @@ class _Rounds:
 
                 for at in range(past + 1, len(each) + 1):
                     order = ordered(at - 1, step)
-                    then = ordered(at, step + 1) if at < len(each) else None  # if the rates stay what they are
+
+                    def coming(k: int, at: int = at, step: int = step, ordered: Any = ordered, end: int = len(each)) -> list[Order]:
+                        return [ordered(i, step + 1 + i - at) for i in range(at, min(at + k, end))]
+
                     try:
-                        self._round(route, order, then)
+                        self._round(route, order, coming)
                     except Blind as why:
                         _LOG.warning("shuffle: from round %d on values travel through Spark, because %s", step, why)
                         _check_size(self.sc, self.weights)
@@ -243,9 +247,9 @@ class _Rounds:
         found = agree([json.loads(told[i].shapes) for i in workers], self.recipe.columns)
         return tuple(told[i].rows for i in workers), found, all(told[i].sees for i in workers)
 
-    def _round(self, route: Route, order: Order, then: Order | None = None) -> None:
+    def _round(self, route: Route, order: Order, coming: Coming = nothing) -> None:
         began = time.perf_counter()
-        sides, updates, sent = route.round(order, self.weights, self.buffers, then)
+        sides, updates, sent = route.round(order, self.weights, self.buffers, coming)
         mean = mean_loss(sides, order.round)
         with blamed("the driver, in the optimizer or scheduler"):
             measured = sum(a.measure(u) for a, u in zip(self.advancers, updates, strict=True))
