@@ -40,7 +40,7 @@ CLOSED = (1 << 63) - 1  # on the board when no round will come any more
 _SEAT_BYTES, _SEAT = 256, struct.Struct("<IH")  # checksum and length of the text that follows
 _PART = struct.Struct("<qqd")  # bytes of the side's frame; whether there is an update, and its weight
 _WAIT = 2.0  # seconds that a task waits for the driver
-_NAP = 5e-5
+_NAP = 5e-5, 1e-3  # seconds between two looks at a stamp, at least and at most
 
 
 def looker_of(static: Any, shipped: Shipped, state: str, board: str, base: Order) -> Callable[[int, Iterable[Any]], Iterator[bytes]]:
@@ -110,15 +110,21 @@ def _rounds(
 
 def _turn(board: Look, seat: memoryview, text: str, at: int, last: int) -> int | None:
     """The number of the round to do, of [at, last], perhaps after a while; None where the driver has given the job up."""
-    until = time.monotonic() + _WAIT
+    began = time.monotonic()
     while (number := board.stamp) <= last:
         take(seat, text)  # again and again: another that does the same task may have taken it
         if number >= at:
             return number
-        if time.monotonic() > until:
+        if time.monotonic() - began > _WAIT:
             break
-        time.sleep(_NAP)
+        nap(began)
     return None
+
+
+def nap(began: float) -> None:
+    """Leaves the core to those who work, for a small part of the time that one has waited already (began: time.monotonic())."""
+    least, most = _NAP
+    time.sleep(min(most, max(least, (time.monotonic() - began) / 50)))
 
 
 # ---- the board --------------------------------------------------------------------------------------------------------

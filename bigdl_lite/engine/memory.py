@@ -1,7 +1,7 @@
 """The route through memory, on the driver: weights and updates stay where they are written, and are mapped by those who read them.
 
 A job of Spark costs as much as a small round. So where all workers have a slot at the same time, a job has several rounds, as many
-as take about half a second; its tasks (looker.py) keep their slots, and driver and workers tell each other by stamps on their memory:
+as take about a second; its tasks (looker.py) keep their slots, and driver and workers tell each other by stamps on their memory:
 
     driver                                      worker
     weights of round 7, stamps 7 on the board   waits for it
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from bigdl_lite.algorithms import Side, Update
 from bigdl_lite.comm.window import Look, Window, look
-from bigdl_lite.engine.looker import CLOSED, board_nbytes, looker_of, part_in, rates_in, seat_in, seated
+from bigdl_lite.engine.looker import CLOSED, board_nbytes, looker_of, nap, part_in, rates_in, seat_in, seated
 from bigdl_lite.engine.order import Order, dumps
 from bigdl_lite.engine.routes import REFILLS, Blind, Coming, Ground, lacking, nothing
 from bigdl_lite.engine.spark import Submitters, repeated
@@ -46,10 +46,10 @@ from bigdl_lite.engine.tasks import side_of, state_in
 from bigdl_lite.errors import PeerLost
 from bigdl_lite.wire import frame as wire
 
-SECONDS = 0.5  # that a job of several rounds should take
+SECONDS = 1.0  # that a job of several rounds should take
 MOST = 2048  # orders of a job, times workers: its note goes to every task
 _FEAR = 64  # jobs of one round, at most, after one of several was given up
-_NAP, _LONG = 1e-4, 0.05
+_LONG = 0.05
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class MemoryRoute:
         self._number = self._given = 0  # on the board; the last of any job
         self._size = self._fear = 1  # rounds of the last job, if it found as many; jobs of one round after the next that is given up
         self._wary = 0  # of these, those still to come
-        self._marked, self._pace, self._waited = 0.0, SECONDS, 0.0  # when the round began, seconds of the last one, and waited in it
+        self._waited = SECONDS  # for the parts of the last round
 
     def round(
         self, order: Order, weights: Tensor, buffers: Tensor, coming: Coming = nothing
@@ -141,6 +141,8 @@ class MemoryRoute:
             job = self._begin(order, coming)
             found = self._wait(job)
             if found is not None:
+                if self._number == job.last > job.first:
+                    self._fear = 1
                 return [part_in(seen, self.ground.recipe.blueprint.layout) for seen in found]
             missing = lacking(self._give_up(job))
             if missing:
@@ -151,23 +153,22 @@ class MemoryRoute:
 
     def _begin(self, order: Order, coming: Coming) -> _Job:
         """The job that does this round, which may be under way already; the board now shows its number."""
-        order, number, now = _bare(order), self._number + 1, time.monotonic()
-        self._pace = now - self._marked if self._marked else SECONDS
-        self._marked = now
+        order, number = _bare(order), self._number + 1
         job = next((job for job in (self._job, self._next) if job is not None and job.does(order, number)), None)
         if job is not None and job.back.done():  # its tasks have not waited, or are gone for a reason
             job.back.result()
             job = None
         if job is None:
             job = self._submit([order, *self._known(coming, self._rounds() - 1)])
-        if job is not self._job:
+        before, self._number = self._job, max(number, job.first)
+        if job is not before:
             self._job, self._next = job, None
             for seat in self._seats:
                 seat.forget()
-        self._number = max(number, job.first)
         self.board.mark(self._number)
+        if before is not None and job is not before:
+            before.back.result()  # its parts are all here, but someone may have cancelled it
         if self._number == job.last > job.first:
-            self._fear = 1
             orders = self._known(coming, self._rounds())
             self._next = self._submit(orders) if orders else None
         return job
@@ -180,7 +181,7 @@ class MemoryRoute:
             self._wary -= 1
             self._size = 1
         else:
-            self._size = max(1, min(2 * self._size, int(SECONDS / self._pace), MOST // len(self._seats)))
+            self._size = max(1, min(2 * self._size, int(SECONDS / self._waited), MOST // len(self._seats)))
         return self._size
 
     def _known(self, coming: Coming, k: int) -> list[Order]:
@@ -209,7 +210,7 @@ class MemoryRoute:
                 return [found[rank] for rank in range(len(found))]
             if over:
                 return None
-            time.sleep(_NAP)
+            nap(began)
 
     def _give_up(self, job: _Job) -> list[wire.Frame]:
         """Ends all jobs under way; what the tasks of this one had to say. Raises what made the job fail."""
@@ -219,7 +220,6 @@ class MemoryRoute:
         if len(job.orders) > 1:
             self._wary, self._fear = self._fear, min(2 * self._fear, _FEAR)
         self._job = self._next = None
-        self._waited = 0.0
         return [wire.loads(data) for data in job.back.result()]
 
     def close(self) -> None:
