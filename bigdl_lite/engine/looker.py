@@ -159,7 +159,7 @@ def leave(seat: memoryview, job: int) -> None:
         take(seat, f"{job} ")
 
 
-def seated(seat: memoryview) -> tuple[int, str] | None:
+def seated(seat: memoryview | bytes) -> tuple[int, str] | None:
     """The job and the address on a seat; "" where its task is gone, None where nothing can be read, for now."""
     checksum, length = _SEAT.unpack_from(seat)
     data = bytes(seat[_SEAT.size : _SEAT.size + length])

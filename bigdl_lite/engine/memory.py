@@ -34,6 +34,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bigdl_lite.algorithms import Side, Update
@@ -50,6 +51,7 @@ SECONDS = 1.0  # that a job of several rounds should take
 MOST = 2048  # orders of a job, times workers: its note goes to every task
 _FEAR = 64  # jobs of one round, at most, after one of several was given up
 _LONG = 0.05
+_FEW = 1 << 22  # values that one core passes over before others are awake
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class _Seat:
     """One worker, as the driver sees it: every memory that its tasks told of since the job began."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._memory = memory
+        self._memory, self._bytes = memory, b""
+        self._taken: tuple[int, str] | None = None
         self._looks: dict[str, Look] = {}
 
     def part(self, number: int) -> Look | None:
@@ -80,29 +83,32 @@ class _Seat:
         for seen in self._looks.values():
             if seen.stamp == number:
                 return seen
-        address = self._address()
+        _, address = self._read() or (0, "")
         if address and address not in self._looks and (seen := look(address)) is not None:
             self._looks[address] = seen
             return seen if seen.stamp == number else None
         return None
 
     def left(self, job: int) -> bool:
-        return seated(self._memory) == (job, "")
+        return self._read() == (job, "")
 
     def forget(self) -> None:
         """Lets go of memory that is out of use."""
-        address = self._address()
+        _, address = self._read() or (0, "")
         self._looks = {known: seen for known, seen in self._looks.items() if known == address}
 
-    def _address(self) -> str:
-        taken = seated(self._memory)
-        return "" if taken is None else taken[1]
+    def _read(self) -> tuple[int, str] | None:
+        now = self._memory.tobytes()
+        if now != self._bytes:
+            self._bytes, self._taken = now, seated(now)
+        return self._taken
 
 
 class MemoryRoute:
     """See above. together: whether all workers have a slot at the same time, and jobs get slots in the order of submission.
 
-    Cost: nothing is copied between processes; the sum reads p vectors of n values, once.
+    Cost: nothing is copied between processes; the sum reads p vectors of n values, once. Until close(), torch has one thread on the
+    driver where n is small.
     """
 
     def __init__(self, ground: Ground, window: Window, together: bool) -> None:
@@ -121,6 +127,9 @@ class MemoryRoute:
         self._size = self._fear = 1  # rounds of the last job, if it found as many; jobs of one round after the next that is given up
         self._wary = 0  # of these, those still to come
         self._waited = SECONDS  # for the parts of the last round
+        self._threads = torch.get_num_threads()
+        if found.n < _FEW:  # torch's other threads would go on spinning on the cores of the workers
+            torch.set_num_threads(1)
 
     def round(
         self, order: Order, weights: Tensor, buffers: Tensor, coming: Coming = nothing
@@ -223,6 +232,7 @@ class MemoryRoute:
         return [wire.loads(data) for data in job.back.result()]
 
     def close(self) -> None:
+        torch.set_num_threads(self._threads)
         self.board.mark(CLOSED)  # ends the tasks that wait
         self.board.close()
         self.window.close()

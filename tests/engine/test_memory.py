@@ -92,6 +92,22 @@ def test_a_job_takes_about_a_second_and_never_crosses_the_end_of_an_epoch(spark,
     assert sizes == [1, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize(("few", "inside"), [(memory._FEW, 1), (0, 2)], ids=["small", "large"])
+def test_threads_of_torch_leave_the_cores_to_the_workers_where_the_model_is_small(spark, monkeypatch, few, inside) -> None:
+    found = set()
+
+    class Watch(estimator_module.Progress):
+        def __call__(self, event) -> None:
+            if "step" in event:
+                found.add(torch.get_num_threads())
+
+    monkeypatch.setattr(estimator_module, "Progress", Watch)
+    monkeypatch.setattr(memory, "_FEW", few)
+    torch.set_num_threads(2)
+    fit(spark, epochs=1)
+    assert found == {inside} and torch.get_num_threads() == 2, "what the user had is put back"
+
+
 def test_with_fewer_slots_than_workers_no_task_waits_for_another(spark, sizes) -> None:
     by_memory = fit(spark, parts=5, epochs=1)
     assert sizes == [1] * 12
