@@ -1,12 +1,12 @@
 """How a round of the shuffle engine travels: out with the weights, back with the combined updates.
 
-    route     weights                         updates                                    combined by        for
-    memory    workers map the driver's        the driver maps the workers'               the driver         one machine
-    shuffle   Spark's broadcast               pieces, through Spark's shuffle            owners, in tasks   any cluster
-    exchange  Spark's broadcast               what the exchange makes of them, likewise  owners, in tasks   any cluster
+    route     weights                  updates                                    combined by       a job has        for
+    memory    workers map the driver's the driver maps the workers'               the driver        several rounds   one machine
+    shuffle   Spark's broadcast        pieces, through Spark's shuffle            owners, in tasks  one round        any cluster
+    exchange  Spark's broadcast        what the exchange makes of them, likewise  owners, in tasks  one sum          any cluster
 
 The first two give the same updates, to the bit: parts are added in rank order. A round is repeated, as often as need be, where an
-executor lacks its share, or where memory went with the process that owned it.
+executor lacks its share, or where memory went with the process that owned it. The first route is in memory.py, the others are here.
 """
 
 from __future__ import annotations

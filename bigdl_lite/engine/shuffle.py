@@ -8,7 +8,7 @@
       |  collect
     driver    advance, slice by slice; next round
 
-Where driver and executors are on one machine, values need not travel: see routes.py.
+Where driver and executors are on one machine, values need not travel, and a job may have several rounds: see routes.py, memory.py.
 
 A task is a pure function of (broadcast, partition, seed, round), so Spark may run it again, twice, or elsewhere.
 The decoded share lies on the executor's own disk. A small token for each partition is a cached RDD, which makes Spark
