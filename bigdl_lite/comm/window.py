@@ -38,6 +38,10 @@ class Look:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=HEADER + offset)
 
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """nbytes bytes of the memory itself."""
+        return memoryview(self._memory)[HEADER + offset : HEADER + offset + nbytes]
+
     @property
     def stamp(self) -> int:
         return _STAMP.unpack_from(self._memory, _SECRET)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bigdl_lite.engine.replay import Ask, pieces
@@ -39,12 +40,14 @@ class Order:
         """The owner and the cut of every piece, in order."""
         return pieces(self.cuts) if self.ask is None else self.ask.pieces
 
-    def dumps(self) -> str:
-        """The part that changes from round to round."""
-        return json.dumps([self.round, self.epoch, self.first, self.batches, self.rates])
 
-    def loads(self, text: str) -> Order:
-        round_, epoch, first, batches, rates = json.loads(text)
-        return replace(
-            self, round=round_, epoch=epoch, first=tuple(first), batches=tuple(map(tuple, batches)), rates=tuple(rates)
-        )
+def dumps(orders: Iterable[Order]) -> str:
+    """What differs between the rounds of a run, without the rates, which may be known only when a round begins."""
+    return json.dumps([[x.round, x.epoch, x.first, x.batches] for x in orders])
+
+
+def loads(text: str, base: Order) -> list[Order]:
+    return [
+        replace(base, round=round_, epoch=epoch, first=tuple(first), batches=tuple(map(tuple, batches)))
+        for round_, epoch, first, batches in json.loads(text)
+    ]

@@ -1,18 +1,17 @@
 """How a round of the shuffle engine travels: out with the weights, back with the combined updates.
 
-    route     weights                         updates                                    combined by        for
-    memory    workers map the driver's        the driver maps the workers'               the driver         one machine
-    shuffle   Spark's broadcast               pieces, through Spark's shuffle            owners, in tasks   any cluster
-    exchange  Spark's broadcast               what the exchange makes of them, likewise  owners, in tasks   any cluster
+    route     weights                  updates                                    combined by       a job has        for
+    memory    workers map the driver's the driver maps the workers'               the driver        several rounds   one machine
+    shuffle   Spark's broadcast        pieces, through Spark's shuffle            owners, in tasks  one round        any cluster
+    exchange  Spark's broadcast        what the exchange makes of them, likewise  owners, in tasks  one sum          any cluster
 
 The first two give the same updates, to the bit: parts are added in rank order. A round is repeated, as often as need be, where an
-executor lacks its share, or where memory went with the process that owned it.
+executor lacks its share, or where memory went with the process that owned it. The first route is in memory.py, the others are here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,20 +22,19 @@ from torch import Tensor
 from bigdl_lite.algorithms import Exchanger, Side, Turn, Update
 from bigdl_lite.batch import mix
 from bigdl_lite.comm.comm import Residual, divided
-from bigdl_lite.comm.window import Look, Window, available, look
+from bigdl_lite.comm.window import Window, available
 from bigdl_lite.engine.measure import measurer_of, sums_of
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import Ask, Packed, packed, to_bytes
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import Submitters, encrypts, exchange, repeated
-from bigdl_lite.engine.tasks import CLOSED, combined, combiner_of, looker_of, mapper_of, side_of, state_in, state_nbytes
+from bigdl_lite.engine.spark import encrypts, exchange, repeated
+from bigdl_lite.engine.tasks import combined, combiner_of, mapper_of, side_of, state_nbytes
 from bigdl_lite.errors import PeerLost, revive
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, decoded, group_of
 
-_REFILLS = 20
-_BEHIND = 0.01  # seconds after which a job is surely submitted, so that one that is submitted then comes behind it
+REFILLS = 20
 SMALL = 1 << 20  # bytes of a vector for which a second stage costs more than it saves
 
 
@@ -57,13 +55,21 @@ class Ground:
     refill: Callable[[list[int]], None]
 
 
+Coming = Callable[[int], list[Order]]  # the orders of the at most k rounds that follow, and no other job among them
+
+
+def nothing(k: int) -> list[Order]:
+    """Nothing is known of what follows."""
+    return []
+
+
 class Route(Protocol):
     def round(
-        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
+        self, order: Order, weights: Tensor, buffers: Tensor, coming: Coming = nothing
     ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
         """The sides in rank order, the combined update of each cut of the order, and the bytes sent.
 
-        then  the order of the next round, where it is known to be that
+        coming  the rounds that follow without a break; their rates may still change
         """
         ...
 
@@ -73,22 +79,14 @@ class Route(Protocol):
 def _settled(run: Callable[[], list[wire.Frame]], ground: Ground, round: int) -> list[wire.Frame]:
     """The frames of a round that every worker could do; runs it again after a refill, where shares were missing."""
     missing: list[int] = []
-    for _ in range(_REFILLS):
+    for _ in range(REFILLS):
         frames = run()
-        errors = sorted((f for f in frames if f.kind == wire.ERROR), key=lambda f: f.rank)
-        if errors:
-            raise revive(errors[0].json())
-        blind = [f for f in frames if f.kind == wire.BLIND]
-        if blind:
-            raise Blind(blind[0].json())
-        if any(f.kind == wire.EARLY for f in frames):
-            continue
-        missing = sorted({f.rank for f in frames if f.kind == wire.MISS})
+        missing = lacking(frames)
         if not missing:
             return frames
         ground.refill(missing)
     raise PeerLost(
-        f"partitions {missing} were on no executor that ran their task, {_REFILLS} times in round {round}; "
+        f"partitions {missing} were on no executor that ran their task, {REFILLS} times in round {round}; "
         "raise spark.locality.wait, or use fewer and larger executors"
     )
 
@@ -105,6 +103,17 @@ def measured(ground: Ground, weights: Tensor, buffers: Tensor, step: int) -> lis
     return [torch.stack(sums).sum(0) for sums in zip(*found, strict=True)]
 
 
+def lacking(frames: list[wire.Frame]) -> list[int]:
+    """The workers whose shares were missing. Raises what went wrong on a worker, Blind where one saw no memory."""
+    errors = sorted((f for f in frames if f.kind == wire.ERROR), key=lambda f: f.rank)
+    if errors:
+        raise revive(errors[0].json())
+    blind = [f for f in frames if f.kind == wire.BLIND]
+    if blind:
+        raise Blind(blind[0].json())
+    return sorted({f.rank for f in frames if f.kind == wire.MISS})
+
+
 def _sides(frames: list[wire.Frame]) -> list[Side]:
     return sorted((side_of(f) for f in frames if f.kind == wire.SIDE), key=lambda side: side.rank)
 
@@ -118,7 +127,7 @@ class ShuffleRoute:
         self.gradient = torch.zeros(found.n, dtype=found.dtype)
 
     def round(
-        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
+        self, order: Order, weights: Tensor, buffers: Tensor, coming: Coming = nothing
     ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
         ground = self.ground
         state = ground.sc.broadcast((_bytes(weights), _bytes(buffers)))
@@ -172,7 +181,7 @@ class ExchangeRoute:
         self.zeros = torch.zeros(ground.recipe.blueprint.layout.n)
 
     def round(
-        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
+        self, order: Order, weights: Tensor, buffers: Tensor, coming: Coming = nothing
     ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
         ground = self.ground
         comm = _Driver(ground, order, self.owners, (_bytes(weights), _bytes(buffers), packed(self.exchanger.shared())))
@@ -230,91 +239,6 @@ class _Driver:
             self.bytes_sent += len(order.senders) * ask.nbytes()
         self._answers.append(to_bytes(total))
         return total
-
-
-@dataclass(frozen=True)
-class _Submitted:
-    number: int
-    order: Order
-    job: Future[list[bytes]]
-
-
-class MemoryRoute:
-    """On one machine: weights and gradients stay where they are written, and are mapped by those who read them.
-
-    A worker writes to its own memory only, and only while the driver waits for it. The driver writes the weights only
-    between rounds. A task that Spark has given up may read or write too late, but into memory whose content nobody takes.
-
-    The job of the next round is submitted while this one runs, so that what Spark does before a task is not waited for: its tasks
-    take the slots that become free, and wait there until the stamp on the driver's memory is the number of their job. Only where
-    all workers have a slot at the same time, and jobs get slots in the order in which they were submitted.
-
-    Cost: nothing is copied between processes; the sum reads p vectors of n values, once.
-    """
-
-    def __init__(self, ground: Ground, window: Window, ahead: bool) -> None:
-        self.ground, self.window = ground, window
-        found = ground.recipe.blueprint.layout
-        self.weights, self.buffers = state_in(window, found.n, found.m, found.dtype)
-        self._seen: dict[str, Look] = {}
-        self._submitters = Submitters(repeated(ground.tokens, looker_of(ground.static, ground.shipped, window.address, ground.order)))
-        self._number, self._foresees = 0, ahead  # whether the order of the next round has been known so far
-        self._next: _Submitted | None = None  # ahead
-
-    def round(
-        self, order: Order, weights: Tensor, buffers: Tensor, then: Order | None = None
-    ) -> tuple[list[Side], list[Update], int]:  # fmt: skip
-        assert weights.data_ptr() == self.weights.data_ptr()
-        self.buffers.copy_(buffers)
-        for _ in range(_REFILLS):
-            frames = _settled(lambda: [wire.loads(x) for x in self._run(order, then)], self.ground, order.round)
-            found = self._updates(frames, order.round)
-            if found is not None:
-                break
-        else:
-            raise Blind("workers' memory was gone before it could be read")
-        combine = self.ground.recipe.round.combine
-        updates = [
-            combine([replace(update, vector=update.vector[start:stop]) for update in found]) for start, stop in order.cuts
-        ]
-        return _sides(frames), updates, 0
-
-    def _run(self, order: Order, then: Order | None) -> list[bytes]:
-        """The job of this round, which may be under way already; that of the next one is then submitted behind it."""
-        ahead, self._next = self._next, None
-        if ahead is None or ahead.order != order:
-            # what is under way for nothing ends when it sees the number of another
-            self._foresees = self._foresees and ahead is None
-            ahead = self._submit(order)
-            self.window.mark(ahead.number)
-            wait([ahead.job], _BEHIND if self._foresees else 0.0)
-        self.window.mark(ahead.number)
-        if then is not None and self._foresees and not ahead.job.done():
-            self._next = self._submit(then)
-        return ahead.job.result()
-
-    def _submit(self, order: Order) -> _Submitted:
-        self._number += 1
-        return _Submitted(self._number, order, self._submitters(f"{self._number} {order.dumps()}"))
-
-    def _updates(self, frames: list[wire.Frame], round: int) -> list[Update] | None:
-        """The workers' updates in rank order; None where the memory of one is gone."""
-        layout, now, made = self.ground.recipe.blueprint.layout, {}, []
-        for f in sorted((f for f in frames if f.kind == wire.PLACED), key=lambda f: f.rank):
-            placed = f.json()
-            address = placed["address"]
-            seen = self._seen.get(address) or look(address)
-            if seen is None or seen.stamp != round:
-                return None
-            now[address] = seen
-            made.append(Update(seen.values(layout.dtype, layout.n), placed["weight"]))
-        self._seen = now
-        return made
-
-    def close(self) -> None:
-        self.window.mark(CLOSED)  # ends the wait of a task that was started ahead
-        self.window.close()
-        self._submitters.close()
 
 
 def _bytes(x: Tensor) -> bytes:

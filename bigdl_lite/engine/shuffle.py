@@ -8,7 +8,7 @@
       |  collect
     driver    advance, slice by slice; next round
 
-Where driver and executors are on one machine, values need not travel: see routes.py.
+Where driver and executors are on one machine, values need not travel, and a job may have several rounds: see routes.py, memory.py.
 
 A task is a pure function of (broadcast, partition, seed, round), so Spark may run it again, twice, or elsewhere.
 The decoded share lies on the executor's own disk. A small token for each partition is a cached RDD, which makes Spark
@@ -47,10 +47,11 @@ from bigdl_lite.data.arrow import Shapes, agree
 from bigdl_lite.engine.each import told
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
+from bigdl_lite.engine.memory import MemoryRoute
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
-from bigdl_lite.engine.routes import SMALL, Blind, ExchangeRoute, Ground, MemoryRoute, Route, ShuffleRoute, measured, window_for
+from bigdl_lite.engine.routes import SMALL, Blind, Coming, ExchangeRoute, Ground, Route, ShuffleRoute, measured, nothing, window_for
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import in_order, is_classic, jobs, on_this_machine, slots
 from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
@@ -175,7 +176,8 @@ class _Rounds:
             if resume:
                 resume.check(dealt(self.recipe, counts, resume.now))
             begins = np.cumsum(plan, axis=0) - plan
-            base = Order(self.recipe.run, counts, tuple(self.cuts), held, tuple(map(tuple, found)))
+            rates = tuple(self.advancers[0].rates())
+            base = Order(self.recipe.run, counts, tuple(self.cuts), held, tuple(map(tuple, found)), rates=rates)
             ground = Ground(
                 self.sc, tokens, self.recipe, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),
@@ -202,10 +204,14 @@ class _Rounds:
 
                 for at in range(past + 1, len(each) + 1):
                     order = ordered(at - 1, step)
-                    foreseen = at < len(each) and self.recipe.watch.every is None
-                    then = ordered(at, step + 1) if foreseen else None  # if the rates stay what they are
+
+                    def coming(k: int, at: int = at, step: int = step, ordered: Any = ordered, end: int = len(each)) -> list[Order]:
+                        if self.recipe.watch.every is not None:  # the slots may be wanted for a validation after any round
+                            return []
+                        return [ordered(i, step + 1 + i - at) for i in range(at, min(at + k, end))]
+
                     try:
-                        mean = self._round(route, order, then)
+                        mean = self._round(route, order, coming)
                     except Blind as why:
                         _LOG.warning("shuffle: from round %d on values travel through Spark, because %s", step, why)
                         _check_size(self.sc, self.weights)
@@ -297,10 +303,10 @@ class _Rounds:
         self.recipe.check_held(counts, sum(held))
         return counts, held, found, all(told[i].sees for i in workers)
 
-    def _round(self, route: Route, order: Order, then: Order | None = None) -> float:
+    def _round(self, route: Route, order: Order, coming: Coming = nothing) -> float:
         """One round; returns its mean loss."""
         began = time.perf_counter()
-        sides, updates, sent = route.round(order, self.weights, self.buffers, then)
+        sides, updates, sent = route.round(order, self.weights, self.buffers, coming)
         mean = mean_loss(sides, order.round)
         with blamed("the driver, in the optimizer or scheduler"):
             measured = sum(a.measure(u) for a, u in zip(self.advancers, updates, strict=True))

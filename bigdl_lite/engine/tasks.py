@@ -1,5 +1,7 @@
 """The tasks of the shuffle engine: what runs on executors. Pure functions of what they are given; the rest is a cache.
 
+Those that look at memory are in looker.py.
+
     p  workers (tasks of the map)      k  slices, each with an owner (tasks of the combine)
 """
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from bigdl_lite.algorithms import Side, Turn, Update, Work
 from bigdl_lite.batch import Batch, mix, order
-from bigdl_lite.comm.window import Look, Window, look
+from bigdl_lite.comm.window import Look, look
 from bigdl_lite.data.arrow import shapes, shares
 from bigdl_lite.data.store import save
 from bigdl_lite.engine.cache import cached, folder, forget, recipe_of, replica_of, share_of
@@ -27,7 +29,7 @@ from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import from_bytes, message, unpacked
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import Keyed, note_of_job, partition_id
+from bigdl_lite.engine.spark import Keyed, partition_id
 from bigdl_lite.engine.worker import require_versions, settle
 from bigdl_lite.errors import report
 from bigdl_lite.model.replica import Replica
@@ -96,7 +98,7 @@ def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
     return [rows.take(dealt[now.epoch][a:b]) for a, b in pairwise(edges)]
 
 
-def _work(
+def local_work(
     rank: int, recipe: Recipe, replica: Replica, state: Callable[[], tuple[Tensor, Tensor]], gradient: Callable[[], Tensor],
     now: Order,
 ) -> tuple[Update | None, wire.Frame]:  # fmt: skip
@@ -135,74 +137,8 @@ def side_of(frame: wire.Frame) -> Side:
     return Side(frame.rank, int(rows), weight, loss, compute_s, data_s, numbers[5:])
 
 
-def _told(error: Exception, rank: int, now: Order) -> wire.Frame:
+def failed(error: Exception, rank: int, now: Order) -> wire.Frame:
     return wire.note(wire.ERROR, rank, now.round, report(error, f"worker {rank} (partition {rank})"))
-
-
-CLOSED = -2  # the stamp of the driver's memory when no job will be wanted any more
-
-# ---- the route through memory -----------------------------------------------------------------------------------------
-
-
-def looker_of(static: Any, shipped: Shipped, address: str, base: Order) -> Callable[[int, Iterable[Any]], Iterator[bytes]]:
-    """One round, the driver's weights read and the gradient written where both can see them; what travels is small.
-
-    The task is the same in every round, so Spark gets it once; the number of the job and the order of the round are a note beside
-    it. A job may be submitted ahead: the driver's memory is stamped with the number of the job whose weights they are.
-    """
-
-    def task(rank: int, tokens: Iterable[Any]) -> Iterator[bytes]:
-        settle()
-        list(tokens)  # a worker that leaves input unread is not reused
-        number, _, order = note_of_job().partition(" ")
-        now = base.loads(order)
-        try:
-            for frame in _by_memory(rank, recipe_of(static, now.run), shipped, address, now, int(number)):
-                yield frame.dumps()
-        except Exception as error:
-            yield _told(error, rank, now).dumps()
-
-    return task
-
-
-def _by_memory(rank: int, recipe: Recipe, shipped: Shipped, address: str, now: Order, number: int) -> Iterator[wire.Frame]:
-    source: Look | None = cached(now.run, "source", lambda: look(address))
-    if source is None:
-        yield wire.note(wire.BLIND, rank, now.round, "the driver's memory cannot be seen")
-        return
-    if not _in_time(source, number):  # and nothing of this worker's was touched: the driver may still read it
-        yield wire.note(wire.EARLY, rank, now.round, None)
-        return
-    found = recipe.blueprint.layout
-    replica = cached(now.run, "replica", lambda: replica_of(recipe, shipped))
-    try:
-        window: Window = cached(now.run, ("window", rank), lambda: Window(found.n * found.dtype.itemsize))
-    except (OSError, MemoryError) as error:
-        yield wire.note(wire.BLIND, rank, now.round, f"no memory for {found.n * found.dtype.itemsize} bytes of updates: {error}")
-        return
-    window.mark(-1)
-    target = window.values(found.dtype, found.n)
-    update, side = _work(rank, recipe, replica, lambda: state_in(source, found.n, found.m, found.dtype), lambda: target, now)
-    yield side
-    if update is not None:
-        if update.vector.data_ptr() != target.data_ptr():
-            target.copy_(update.vector)
-        window.mark(now.round)
-        placed = {"address": window.address, "weight": update.weight}
-        yield wire.note(wire.PLACED, rank, now.round, placed)
-
-
-_AHEAD = 1.0  # seconds that a task which was started ahead of its round waits for the weights
-
-
-def _in_time(source: Look, number: int) -> bool:
-    """Whether it is the turn of the job with this number, perhaps after a while. False where the driver has given it up."""
-    until = time.monotonic() + _AHEAD
-    while (stamp := source.stamp) != number:
-        if stamp > number or stamp == CLOSED or time.monotonic() > until:
-            return False
-        time.sleep(2e-4)
-    return True
 
 
 def state_in(memory: Look, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -224,7 +160,7 @@ def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable
         try:
             yield from _by_value(rank, recipe_of(static, now.run), shipped, state, now)
         except Exception as error:
-            yield 0, _told(error, rank, now).dumps()
+            yield 0, failed(error, rank, now).dumps()
 
     return task
 
@@ -240,13 +176,13 @@ def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Orde
         return on_bytes(weights, found.dtype), on_bytes(buffers, torch.float64)
 
     if now.ask is None:
-        update, side = _work(rank, recipe, replica, received, gradient, now)
+        update, side = local_work(rank, recipe, replica, received, gradient, now)
         vector = None if update is None else update.vector
     else:
         kept = cached(now.run, ("update", rank), dict)  # of one round, so that its later jobs need not compute again
         if now.round not in kept:
             kept.clear()
-            kept[now.round] = _work(rank, recipe, replica, received, gradient, now)
+            kept[now.round] = local_work(rank, recipe, replica, received, gradient, now)
         update, side = kept[now.round]
         if side.kind != wire.SIDE:
             kept.clear()

@@ -14,8 +14,8 @@ from typing import Any
 
 from bigdl_lite.errors import WireError
 
-PIECE, SIDE, ERROR, MISS, COMBINED, PLACED, BLIND, EARLY, SUMS = range(1, 10)
-_KINDS = {PIECE, SIDE, ERROR, MISS, COMBINED, PLACED, BLIND, EARLY, SUMS}
+PIECE, SIDE, ERROR, MISS, COMBINED, BLIND, EARLY, SUMS = 1, 2, 3, 4, 5, 7, 8, 9
+_KINDS = {PIECE, SIDE, ERROR, MISS, COMBINED, BLIND, EARLY, SUMS}
 _MAGIC = b"BdL1"
 _HEADER = struct.Struct("<4sBBiiqdqq")
 HEADER_BYTES = _HEADER.size

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,9 +11,9 @@ import torch
 from torch import nn
 
 from bigdl_lite import BarrierEngine, ShuffleEngine, TorchEstimator
-from bigdl_lite.engine import barrier, routes, shipped, shuffle
+from bigdl_lite.engine import barrier, memory, routes, shipped, shuffle
 from bigdl_lite.engine.recipe import Start
-from bigdl_lite.errors import RecipeError, UserError
+from bigdl_lite.errors import RecipeError
 from tests.conftest import flat, frame, mlp, problem, uneven
 
 X, Y = problem()
@@ -55,9 +53,9 @@ class _Watched(ShuffleEngine):
         taken = []
         before = shuffle._Rounds._round
 
-        def round_(rounds, route, order, then=None):
+        def round_(rounds, route, order, *coming):
             taken[:] = [type(route).__name__]
-            before(rounds, route, order, then)
+            before(rounds, route, order, *coming)
 
         shuffle._Rounds._round = round_
         try:
@@ -67,91 +65,19 @@ class _Watched(ShuffleEngine):
             self.seen += taken
 
 
-def test_memory_that_went_with_its_process_costs_a_repeated_round(spark, monkeypatch) -> None:
-    quiet = fit(spark, "shuffle")
-    real, lost = routes.look, []
-
-    def look(address):
-        if len(lost) < 3:
-            lost.append(address)
-            return None
-        return real(address)
-
-    monkeypatch.setattr(routes, "look", look)
-    hurt = fit(spark, "shuffle")
-    assert len(lost) == 3
-    assert torch.equal(flat(quiet.module), flat(hurt.module))
-
-
 def test_where_memory_is_not_seen_any_more_values_travel_through_spark(spark, monkeypatch, caplog) -> None:
     quiet, seen = fit(spark, "shuffle"), []
-    before = routes.MemoryRoute.round
+    before = memory.MemoryRoute.round
 
-    def round_(self, order, weights, buffers, then=None):
+    def round_(self, order, weights, buffers, *coming):
         if order.round == 2:
             raise routes.Blind("an executor came up elsewhere")
-        return before(self, order, weights, buffers, then)
+        return before(self, order, weights, buffers, *coming)
 
-    monkeypatch.setattr(routes.MemoryRoute, "round", round_)
+    monkeypatch.setattr(memory.MemoryRoute, "round", round_)
     hurt = fit(spark, _Watched(seen))
     assert seen == ["ShuffleRoute"] and "from round 2 on" in caplog.text
     assert torch.equal(flat(quiet.module), flat(hurt.module))
-
-
-def test_jobs_are_submitted_ahead_where_the_next_order_is_known_and_change_nothing(spark, monkeypatch) -> None:
-    numbers, before = [], routes.MemoryRoute._submit
-
-    def submit(self, order):
-        found = before(self, order)
-        numbers.append((found.number, order.round, self._next is None))
-        return found
-
-    monkeypatch.setattr(routes.MemoryRoute, "_submit", submit)
-    slow = SimpleNamespace(per="step", make=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
-    for more in ({"epochs": 6}, {"epochs": 6, "scheduler": slow.make, "schedulerInterval": slow.per}):
-        numbers.clear()
-        ahead = fit(spark, "shuffle", wide, **more)
-        submitted = [round_ for _, round_, _ in numbers]
-        with monkeypatch.context() as patch:
-            patch.setattr(shuffle, "in_order", lambda sc: False)
-            numbers.clear()
-            behind = fit(spark, "shuffle", wide, **more)
-        assert [round_ for _, round_, _ in numbers] == list(range(18)), "a job a round, each when its turn has come"
-        assert torch.equal(flat(ahead.module), flat(behind.module))
-        assert set(submitted) == set(range(18)) and len(submitted) <= 18 + (2 if "scheduler" in more else 0)
-
-
-def test_a_job_that_was_submitted_for_nothing_ends_and_harms_nobody(spark, monkeypatch) -> None:
-    """The driver changes its mind in every round: orders that were foreseen are never those that come."""
-    quiet = fit(spark, "shuffle", epochs=4)
-    before = routes.MemoryRoute._run
-
-    def run(self, order, then):
-        self._foresees = True
-        return before(self, order, None if then is None else replace(then, rates=(9.0,)))
-
-    monkeypatch.setattr(routes.MemoryRoute, "_run", run)
-    assert torch.equal(flat(fit(spark, "shuffle", epochs=4).module), flat(quiet.module))
-
-
-def test_an_error_ends_the_tasks_that_wait_for_the_next_round(spark) -> None:
-    class Fails(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.calls = mlp(), 0
-
-        def forward(self, x):
-            self.calls += 1
-            if self.training and self.calls == 4:
-                raise ValueError("the fourth call")
-            return self.net(x)
-
-    with pytest.raises(UserError, match="the fourth call"):
-        fit(spark, "shuffle", Fails, epochs=6)
-    until = time.monotonic() + 10
-    while left := spark.sparkContext.statusTracker().getActiveJobsIds():
-        assert time.monotonic() < until, left
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", ["spark.io.encryption.enabled", "spark.network.crypto.enabled"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,9 @@ from torch import Tensor, nn
 from bigdl_lite import BarrierEngine, ShuffleEngine, TorchEstimator
 from bigdl_lite.batch import Batch, order
 from bigdl_lite.comm.block import private
-from bigdl_lite.comm.window import Window
 from bigdl_lite.engine import shuffle
-from bigdl_lite.engine.routes import MemoryRoute
 from bigdl_lite.model.layout import blueprint
 from bigdl_lite.model.replica import Replica
-from bigdl_lite.wire import frame as wire
 from tests.conftest import flat, frame, problem, uneven
 
 X, Y = problem(61)
@@ -80,19 +76,3 @@ def test_slices_through_the_shuffle_are_too_and_take_the_bytes_of_the_formula(sp
     assert torch.equal(flat(model.module), one_process(counts, 10))
     senders = sum(count > 0 for count in counts)
     assert {line["bytes_sent"] for line in model.history if "step" in line} == {senders * 4 * 84}
-
-
-def test_a_vector_of_another_version_is_not_summed() -> None:
-    """A worker that Spark had given up writes later into its memory: its stamp tells the round that it is of."""
-    window = Window(4 * 84)
-    window.values(torch.float32, 84).fill_(1.0)
-    window.mark(4)
-    route = MemoryRoute.__new__(MemoryRoute)
-    route.ground = SimpleNamespace(recipe=SimpleNamespace(blueprint=SimpleNamespace(layout=SimpleNamespace(n=84, dtype=torch.float32))))
-    route._seen = {}
-    frames = [wire.note(wire.PLACED, 0, 4, {"address": window.address, "weight": 2.0})]
-    (update,) = route._updates(frames, 4)
-    assert update.weight == 2.0 and float(update.vector.sum()) == 84.0
-    window.mark(3)
-    assert route._updates(frames, 4) is None
-    window.close()
