@@ -20,6 +20,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[2]
 _LINK = re.compile(r"\]\(\.\./\.\./([\w./-]+)(?:#([\w-]+))?\)")
+_IN_README = re.compile(r"\]\((?!https?:)([\w./-]+)(?:#([\w-]+))?\)")
 _NAMES = re.compile(r"<!-- names: (\w+)((?: \w+)*) -->")
 _LANGUAGES = {".py": "python", ".md": "markdown", ".yaml": "yaml", ".yml": "yaml", ".sh": "sh"}
 
@@ -28,19 +29,18 @@ _LANGUAGES = {".py": "python", ".md": "markdown", ".yaml": "yaml", ".yml": "yaml
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds README.md, and a page for each file of the repository that some page links to."""
+    """Adds README.md, and a page for each file of the repository that it or some page links to."""
     linked: dict[str, set[str]] = {}
     for page in sorted(Path(config.docs_dir).glob("*.md")):
         for path, name in _LINK.findall(page.read_text()):
             linked.setdefault(path, set()).add(name)
+    readme = (ROOT / "README.md").read_text()
+    for path, _ in _IN_README.findall(readme):
+        linked.setdefault(path, set()).add("")
     for path, names in linked.items():
-        if path == "README.md":
-            text = (ROOT / path).read_text()
-            files.append(File.generated(config, "readme.md", content=re.sub(r"\]\(((?!https?:|#)[^)]+)\)", _from_readme, text)))
-        elif (ROOT / path).is_file():
+        if page_of(path).startswith("source/") and (ROOT / path).exists():
             files.append(File.generated(config, page_of(path), content=_source(path, names - {""})))
-    for path in sorted(set(re.findall(r"\]\(((?!https?:|#)[^)]+)\)", (ROOT / "README.md").read_text())) - set(linked)):
-        files.append(File.generated(config, page_of(path), content=_source(path, set())))
+    files.append(File.generated(config, "readme.md", content=_IN_README.sub(_in_site, readme)))
     return files
 
 
@@ -49,8 +49,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def page_of(path: str) -> str:
-    """The page of a file of the repository."""
-    return "readme.md" if path == "README.md" else f"source/{path.replace('.', '_')}.md"
+    """The page of a file or folder of the repository."""
+    if path == "README.md" or path.startswith("examples/guide/"):
+        return path.removeprefix("examples/guide/").replace("README", "readme")
+    return f"source/{path.strip('/').replace('.', '_')}.md"
 
 
 def _in_site(found: re.Match[str]) -> str:
@@ -58,12 +60,12 @@ def _in_site(found: re.Match[str]) -> str:
     return f"]({page_of(path)}{f'#{name}' if name else ''})"
 
 
-def _from_readme(found: re.Match[str]) -> str:
-    return f"]({page_of(found[1])})"
-
-
 def _source(path: str, names: set[str]) -> str:
-    """The text of a file; of a file of tests, the functions of these names."""
+    """The text of a file; of a file of tests, the functions of these names; of a folder, what is in it."""
+    if (ROOT / path).is_dir():
+        return "\n".join(
+            [f"# {path}", "", *(f"- `{each.name}`" for each in sorted((ROOT / path).iterdir()) if each.name[0] not in "._")]
+        )
     text = (ROOT / path).read_text()
     language = _LANGUAGES.get(Path(path).suffix, "text")
     parts = [f"# {path}"]
