@@ -17,7 +17,7 @@ import bigdl_lite
 from bigdl_lite import features
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.timeout(240)  # the first page starts the Python workers
+pytestmark = pytest.mark.timeout(300)  # the first page starts the Python workers
 
 GUIDE = ROOT / "examples" / "guide"
 PAGES = sorted(page.stem for page in GUIDE.glob("*.md"))
