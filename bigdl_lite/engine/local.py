@@ -28,7 +28,7 @@ from bigdl_lite.errors import BigDLError, PeerLost, RecipeError, UserError, repo
 
 # torch's default generator and number of threads belong to the process: who sets them holds this, so that fits in several threads of
 # a program do not draw each other's numbers
-ALONE = threading.RLock()
+_ALONE = threading.RLock()
 
 _RANK = "bigdl_lite-rank-"  # begins the names of the threads
 Frame = Sequence[Iterable[pa.RecordBatch]]
@@ -49,13 +49,20 @@ class LocalEngine:
                 f"{type(recipe.round.peer).__name__} lets workers be of different speed, and those of the local engine are threads "
                 "that take turns: take engine='barrier'"
             )
-        if threading.current_thread().name.startswith(_RANK):  # it would wait for itself
-            raise RecipeError("a callback of a fit in the local engine cannot run another one: fit when the first has ended")
         found = [shares(batches, recipe.columns, rank, recipe.watch.holdout) for rank, batches in enumerate(frame)]
         agreed = agree([shapes(share or held) for share, held in found], recipe.columns)
         full = [tuple(nothing(recipe.columns, agreed) if x is None else x for x in pair) for pair in found]
-        with ALONE:
+        with alone():
             return _Threads(recipe, start, [share for share, _ in full], [held for _, held in full], observer, keep).run()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """The random state of this process is the caller's. RecipeError in a rank of a fit, which would wait for itself."""
+    if threading.current_thread().name.startswith(_RANK):
+        raise RecipeError("a callback of a fit in the local engine cannot run another one: fit when the first has ended")
+    with _ALONE:
+        yield
 
 
 @contextlib.contextmanager

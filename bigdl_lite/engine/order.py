@@ -17,14 +17,14 @@ class Order:
     run: str
     counts: tuple[int, ...]
     cuts: tuple[Cut, ...]
-    held: tuple[int, ...] = ()
-    shapes: tuple[tuple[int, ...], ...] = ()
     round: int = -1
     epoch: int = -1
     first: tuple[int, ...] = ()  # rows of each share that this epoch has dealt already
     batches: tuple[tuple[int, ...], ...] = ()  # rows that each share gives to each batch of the round
     rates: tuple[float, ...] = ()  # of the parameter groups
     ask: Ask | None = None  # with an exchange: what is to be summed
+    held: tuple[int, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def quota(self) -> list[int]:

@@ -177,7 +177,7 @@ class _Rounds:
                 resume.check(dealt(self.recipe, counts, resume.now))
             begins = np.cumsum(plan, axis=0) - plan
             rates = tuple(self.advancers[0].rates())
-            base = Order(self.recipe.run, counts, tuple(self.cuts), held, tuple(map(tuple, found)), rates=rates)
+            base = Order(self.recipe.run, counts, tuple(self.cuts), rates=rates, held=held, shapes=tuple(map(tuple, found)))
             ground = Ground(
                 self.sc, tokens, self.recipe, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),

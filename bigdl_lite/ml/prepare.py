@@ -22,7 +22,7 @@ from bigdl_lite.algorithms.shadow import shadowed
 from bigdl_lite.data.columns import Column, Columns
 from bigdl_lite.data.parquet import FILE
 from bigdl_lite.engine.arrange import arrange
-from bigdl_lite.engine.local import ALONE
+from bigdl_lite.engine.local import alone
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Outcome, Recipe, Start
 from bigdl_lite.engine.spark import ROW, read_columns, select
@@ -243,7 +243,7 @@ def make(maker: Any, seed: int) -> nn.Module:
     """The module with its first weights; the global random state is left as it was."""
     if isinstance(maker, nn.Module):
         return trying(lambda: copy.deepcopy(maker), "copy.deepcopy of the module")
-    with ALONE, torch.random.fork_rng(devices=[]):
+    with alone(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = trying(maker, "the function that makes the module")
     if not isinstance(made, nn.Module):

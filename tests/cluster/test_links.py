@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from pyspark.sql import SparkSession
 from bigdl_lite import BarrierEngine, ShuffleEngine, TorchClassifier
-import bigdl_lite.ml.estimator as module
+import bigdl_lite.ml.watching as module
 from bigdl_lite.engine.spark import slots
 from tests.conftest import flat, frame, problem
 
@@ -54,7 +54,7 @@ class Net(nn.Module):
             time.sleep(self.pause)
         return self.net(x)
 
-class Watch(module.Progress):
+class Watch(module.Callbacks):
     def __call__(self, event):
         if "step" in event:
             print(json.dumps({"step": event["step"]}), flush=True)
@@ -65,7 +65,7 @@ def fit(engine, pause, deadline, **more):
     return made.fit(df)
 
 reference = fit("local", 0.0, 60.0)
-module.Progress = Watch
+module.Callbacks = Watch
 for line in sys.stdin:
     told = json.loads(line)
     engine = {"barrier": BarrierEngine, "shuffle": ShuffleEngine}[told["engine"]](share_memory=False)

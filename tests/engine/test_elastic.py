@@ -44,14 +44,14 @@ def test_speculation_and_executors_that_come_and_go_change_no_bit(run):
     made = estimator("shuffle", epochs=3)
     made._set(module=lambda: Net(False))
     quiet = made.fit(df)
-    import bigdl_lite.ml.estimator as module
+    import bigdl_lite.ml.watching as module
     counts = set()
-    class Watch(module.Progress):
+    class Watch(module.Callbacks):
         def __call__(self, event):
             counts.add(sc._jsc.sc().getExecutorIds().size())
             if event.get("step") == 3:
                 time.sleep(8)  # idle for so long that Spark lets executors go
-    module.Progress = Watch
+    module.Callbacks = Watch
     made._set(module=lambda: Net(True))
     hurt = made.fit(df)
     chosen = estimator("auto", epochs=1).fit(df).engine

@@ -153,11 +153,11 @@ def test_shuffle_survives_the_loss_of_executors_in_every_phase(run):
 
     made = estimator(ShuffleEngine(share_memory=False), epochs=4, algorithm=lambda advance: Round(Gradient(), Add(), advance))
     made._set(module=Net)
-    import bigdl_lite.ml.estimator as module
+    import bigdl_lite.ml.watching as module
     plan = {}
     def executors():
         return [p for p in children(os.getpid()) if "CoarseGrainedExecutorBackend" in command(p)]
-    class Killer(module.Progress):
+    class Killer(module.Callbacks):
         def __call__(self, event):
             what = plan.get(event.get("step"))
             if what in ("map", "combine"):
@@ -171,7 +171,7 @@ def test_shuffle_survives_the_loss_of_executors_in_every_phase(run):
                     open(os.path.join(here, "broadcast done"), "w").close()
                     return sent
                 spark.sparkContext.broadcast = broadcast
-    module.Progress = Killer
+    module.Callbacks = Killer
     quiet = made.fit(df)
     plan = {2: "map", 4: "combine", 6: "broadcast", 8: "map", 10: "combine"}
     lost, hits = [], 0
@@ -183,7 +183,7 @@ def test_shuffle_survives_the_loss_of_executors_in_every_phase(run):
                     os.unlink(name)
                     hits += 1
             super().__call__(event)
-    module.Progress = Counter
+    module.Callbacks = Counter
     hurt = made.fit(df)
     calm = sorted(line["seconds"] for line in quiet.history if "step" in line)[8]
     lost = [round(line["seconds"] - calm, 1) for line in hurt.history if line.get("step", 0) - 1 in plan]
@@ -203,12 +203,12 @@ def test_a_driver_that_is_killed_again_and_again_ends_with_the_same_weights(run,
     spark = local_session(cores=2, conf={"spark.ui.showConsoleProgress": "false"})
     spark.sparkContext.setLogLevel("OFF")
     df = frame(spark, X, Y, [50, 30])
-    import bigdl_lite.ml.estimator as module
-    class Slow(module.Progress):
+    import bigdl_lite.ml.watching as module
+    class Slow(module.Callbacks):
         def __call__(self, event):
             if "step" in event:
                 print(json.dumps(event["step"]), flush=True)
-    module.Progress = Slow
+    module.Callbacks = Slow
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -417,11 +417,11 @@ def test_an_interrupt_of_the_driver_cancels_the_jobs(run, engine):
     def began(event):
         if event.get("step", 0) >= 3:
             print("training", flush=True)
-    import bigdl_lite.ml.estimator as module
-    class Watch(module.Progress):
+    import bigdl_lite.ml.watching as module
+    class Watch(module.Callbacks):
         def __call__(self, event):
             began(event)
-    module.Progress = Watch
+    module.Callbacks = Watch
     try:
         estimator("{engine}", epochs=10**6).fit(df)
     except BaseException as error:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import bigdl_lite.ml.estimator as estimator_module
+import bigdl_lite.ml.watching as watching
 from bigdl_lite import ShuffleEngine, TorchEstimator, local_sgd
 from bigdl_lite.algorithms import Side, Update
 from bigdl_lite.comm.window import Window
@@ -96,12 +96,12 @@ def test_a_job_takes_about_a_second_and_never_crosses_the_end_of_an_epoch(spark,
 def test_threads_of_torch_leave_the_cores_to_the_workers_where_the_model_is_small(spark, monkeypatch, few, inside) -> None:
     found = set()
 
-    class Watch(estimator_module.Progress):
+    class Watch(watching.Callbacks):
         def __call__(self, event) -> None:
             if "step" in event:
                 found.add(torch.get_num_threads())
 
-    monkeypatch.setattr(estimator_module, "Progress", Watch)
+    monkeypatch.setattr(watching, "Callbacks", Watch)
     monkeypatch.setattr(memory, "_FEW", few)
     torch.set_num_threads(2)
     fit(spark, epochs=1)
@@ -152,13 +152,13 @@ def test_an_error_in_the_third_round_of_a_job_comes_back_and_ends_all_tasks(spar
 def test_what_interrupts_the_driver_between_rounds_leaves_no_task(spark, sizes, monkeypatch, kind) -> None:
     active = []
 
-    class Watch(estimator_module.Progress):
+    class Watch(watching.Callbacks):
         def __call__(self, event) -> None:
             if event.get("step") == 4:
                 active.extend(spark.sparkContext.statusTracker().getActiveJobsIds())
                 raise kind("enough")
 
-    monkeypatch.setattr(estimator_module, "Progress", Watch)
+    monkeypatch.setattr(watching, "Callbacks", Watch)
     with pytest.raises(kind):
         fit(spark)
     assert sizes == [1, 2, 4] and active, "it was in the middle of a job"
@@ -166,12 +166,12 @@ def test_what_interrupts_the_driver_between_rounds_leaves_no_task(spark, sizes, 
 
 
 def test_a_job_that_the_user_cancels_is_an_error(spark, sizes, monkeypatch) -> None:
-    class Watch(estimator_module.Progress):
+    class Watch(watching.Callbacks):
         def __call__(self, event) -> None:
             if event.get("step") == 4:
                 spark.sparkContext.cancelAllJobs()
 
-    monkeypatch.setattr(estimator_module, "Progress", Watch)
+    monkeypatch.setattr(watching, "Callbacks", Watch)
     with pytest.raises(Exception, match="cancelled"):
         fit(spark)
     assert sizes[:3] == [1, 2, 4] and sum(sizes) < 24 and none_is_active(spark)
@@ -190,12 +190,12 @@ def test_a_driver_that_is_busy_elsewhere_finds_the_tasks_gone_and_starts_others(
     quiet = fit(spark, epochs=1)
     sizes.clear()
 
-    class Slow(estimator_module.Progress):
+    class Slow(watching.Callbacks):
         def __call__(self, event) -> None:
             if event.get("step") == 4:
                 assert none_is_active(spark), "tasks end by themselves"
 
-    monkeypatch.setattr(estimator_module, "Progress", Slow)
+    monkeypatch.setattr(watching, "Callbacks", Slow)
     late = fit(spark, epochs=1)
     assert sum(sizes) > 12 and sizes[:3] == [1, 2, 4]
     assert torch.equal(flat(quiet.module), flat(late.module))
