@@ -28,7 +28,7 @@ class Progress(Callback):
 
     def __init__(self, mode: str = "auto", every: float = _EVERY, file: Any = None, width: int | None = None) -> None:
         if mode == "auto":
-            mode = "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "log"
+            mode = "bar" if sys.stderr.isatty() or _in_notebook() else "log"
         self._tqdm = _tqdm() if mode == "bar" else None
         self._mode = "log" if mode == "bar" and self._tqdm is None else mode
         self._every, self._file, self._width = every, file, width
@@ -88,6 +88,12 @@ class Progress(Callback):
     def _text(self, event: StepEnded) -> str:
         rate = event.rows / max(1e-9, event.seconds)
         return f"epoch {event.epoch + 1}/{self._epochs}, loss {event.loss:.4g}, {self._validated}{rate:,.0f} rows/s"
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel runs this program. That ipykernel is imported says nothing: pyspark imports it wherever it is installed."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def _tqdm() -> Any:

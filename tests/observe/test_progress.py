@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,10 +93,13 @@ def test_none_is_silent(caplog, capsys):
 
 
 def test_auto_is_a_bar_only_where_someone_may_look(monkeypatch):
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # as pyspark leaves it in any program, where it is installed
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert Progress()._mode == "log"
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))  # imported, and not what runs us
+    assert Progress()._mode == "log"
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
     assert Progress()._mode == "bar"
 
 
