@@ -14,6 +14,7 @@ is the same wherever it stands can be learned from any digits, and not from thre
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -23,13 +24,13 @@ from pyspark.sql import functions as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from bigdl_lite import TorchClassifier, TorchModel, local_session
+from bigdl_lite import Raw, TorchClassifier, TorchModel, local_session
 
 SIDE, WIDTH, EACH = 16, 128, 3
 
 
 class Net(nn.Module):
-    """[B, SIDE, SIDE] -> [B, 5]: convolutions that say what is there, wherever it is, and a linear head."""
+    """[B, 1, SIDE, SIDE] uint8 -> [B, 5]: convolutions that say what is there, wherever it is, and a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,32 +43,38 @@ class Net(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(WIDTH, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x.unsqueeze(1)))
+        return self.head(self.body(x / 16))
 
 
 def placed(spark: SparkSession, copies: int, seed: int) -> DataFrame:
-    """(id long, picture array<array<float>> [SIDE, SIDE], digit long), `copies` of each digit, at as many places."""
+    """(id long, picture binary, digit long), `copies` of each digit, at as many places; a byte a pixel, 0 .. 16."""
     digits, rng = load_digits(), np.random.default_rng(seed)
     rows = []
     for i, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         for _ in range(copies):
-            picture = np.zeros((SIDE, SIDE))
+            picture = np.zeros((SIDE, SIDE), np.uint8)
             down, right = rng.integers(SIDE - 7, size=2)
-            picture[down : down + 8, right : right + 8] = image / 16
-            rows.append((i, picture.tolist(), int(digit)))
-    return spark.createDataFrame(rows, "id long, picture array<array<float>>, digit long")
+            picture[down : down + 8, right : right + 8] = image
+            rows.append((i, picture.tobytes(), int(digit)))
+    return spark.createDataFrame(rows, "id long, picture binary, digit long")
 
 
-def fit(train: DataFrame, module: object, epochs: int, lr: float) -> TorchModel:
+def fit(train: DataFrame, module: nn.Module | Callable[[], nn.Module], epochs: int, lr: float) -> TorchModel:
     return TorchClassifier(
-        module=module, optimizer=partial(torch.optim.Adam, lr=lr), inputCols=["picture"], batchSize=64, epochs=epochs, seed=0
+        module=module,
+        optimizer=partial(torch.optim.Adam, lr=lr),
+        inputCols=["picture"],
+        decoders={"picture": Raw((1, SIDE, SIDE), "uint8")},
+        batchSize=64,
+        epochs=epochs,
+        seed=0,
     ).fit(train)
 
 
 def main(spark: SparkSession) -> dict[str, float]:
     """Runs the example; returns what it prints."""
     known = placed(spark, 2, seed=0).where("digit < 5").withColumnRenamed("digit", "label")
-    new = placed(spark, 1, seed=1).where("digit >= 5").selectExpr("id", "picture", "digit - 5 AS label")
+    new = placed(spark, 1, seed=1).where("digit >= 5").selectExpr("id", "picture", "digit - 5 AS label").cache()
     place = F.row_number().over(Window.partitionBy("label").orderBy("id"))
     few = new.withColumn("place", place).where(F.col("place") <= EACH).drop("place").cache()
     test = new.join(few, "id", "left_anti").cache()
@@ -85,8 +92,8 @@ def main(spark: SparkSession) -> dict[str, float]:
     print(f"rows                 {known.count():,} of digits 0-4; {few.count()} of digits 5-9; tested on {test.count():,}")
     print(f"head alone           {figures['transfer']:.3f}, on convolutions that know digits 0-4")
     print(f"from scratch         {figures['scratch']:.3f}")
-    few.unpersist()
-    test.unpersist()
+    for frame in (new, few, test):
+        frame.unpersist()
     return figures
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigdl_lite.observe.events import Callback, FitEnded, FitFailed, FitStarted, StepEnded, Validated, event_of
-from bigdl_lite.observe.summary import iterations
+from bigdl_lite.observe.summary import iterations, kind_of
 
 _LOG = logging.getLogger("bigdl_lite")
 _EVERY = 10.0  # seconds between log lines
@@ -76,9 +76,13 @@ class Progress(Callback):
             _LOG.info("validation after step %d: %s", event.step, ", ".join(f"{k} {v:.4g}" for k, v in event.metrics.items()))
 
     def on_fit_ended(self, event: FitEnded) -> None:
-        """Lines of steps come thinned, so the bar learns only here how many there were: after a stop not all."""
+        """Lines of steps come thinned, so the bar learns only here how many there were (after a stop not all), and of the last one."""
         if self._bar is not None:
-            self._bar.n = max(self._bar.n, iterations(event.history))
+            done = iterations(event.history)
+            last = next((line for line in reversed(event.history) if kind_of(line) == "step"), None)
+            if last is not None and last["step"] + 1 == done:  # with logInterval it may not be kept
+                self._bar.set_postfix_str(self._text(event_of(last)), False)
+            self._bar.n = max(self._bar.n, done)
             self._bar.refresh()
         self.close()
 

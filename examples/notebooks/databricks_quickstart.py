@@ -54,9 +54,9 @@ def make_net():
 
 classifier = TorchClassifier(
     module=make_net,
-    optimizer=partial(torch.optim.Adam, lr=5e-3),
+    optimizer=partial(torch.optim.Adam, lr=1e-2),
     batchSize=128,
-    epochs=6,
+    epochs=10,
     validationFraction=0.1,
     metrics=["accuracy"],
     seed=0,
