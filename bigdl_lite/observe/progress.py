@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigdl_lite.observe.events import Callback, FitEnded, FitFailed, FitStarted, StepEnded, Validated, event_of
-from bigdl_lite.observe.summary import iterations
+from bigdl_lite.observe.summary import iterations, kind_of
 
 _LOG = logging.getLogger("bigdl_lite")
 _EVERY = 10.0  # seconds between log lines
@@ -28,7 +28,7 @@ class Progress(Callback):
 
     def __init__(self, mode: str = "auto", every: float = _EVERY, file: Any = None, width: int | None = None) -> None:
         if mode == "auto":
-            mode = "bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "log"
+            mode = "bar" if sys.stderr.isatty() or _in_notebook() else "log"
         self._tqdm = _tqdm() if mode == "bar" else None
         self._mode = "log" if mode == "bar" and self._tqdm is None else mode
         self._every, self._file, self._width = every, file, width
@@ -76,9 +76,13 @@ class Progress(Callback):
             _LOG.info("validation after step %d: %s", event.step, ", ".join(f"{k} {v:.4g}" for k, v in event.metrics.items()))
 
     def on_fit_ended(self, event: FitEnded) -> None:
-        """Lines of steps come thinned, so the bar learns only here how many there were: after a stop not all."""
+        """Lines of steps come thinned, so the bar learns only here how many there were (after a stop not all), and of the last one."""
         if self._bar is not None:
-            self._bar.n = max(self._bar.n, iterations(event.history))
+            done = iterations(event.history)
+            last = next((line for line in reversed(event.history) if kind_of(line) == "step"), None)
+            if last is not None and last["step"] + 1 == done:  # with logInterval it may not be kept
+                self._bar.set_postfix_str(self._text(event_of(last)), False)
+            self._bar.n = max(self._bar.n, done)
             self._bar.refresh()
         self.close()
 
@@ -88,6 +92,12 @@ class Progress(Callback):
     def _text(self, event: StepEnded) -> str:
         rate = event.rows / max(1e-9, event.seconds)
         return f"epoch {event.epoch + 1}/{self._epochs}, loss {event.loss:.4g}, {self._validated}{rate:,.0f} rows/s"
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel runs this program. That ipykernel is imported says nothing: pyspark imports it wherever it is installed."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def _tqdm() -> Any:

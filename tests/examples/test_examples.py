@@ -17,7 +17,18 @@ import pytest
 from pyspark.sql import functions as F
 
 from bigdl_lite.engine.session import _java_home
-from examples import quickstart, recommender
+from examples import (
+    anomaly_detection,
+    fraud_detection,
+    hyperparameter_search,
+    image_classification,
+    quickstart,
+    recommender,
+    streaming_scoring,
+    text_classification,
+    transfer_learning,
+    wide_and_deep,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = recommender.SMALL
@@ -31,6 +42,59 @@ def test_the_quickstart_reads_digits_with_both_spark_engines(spark, engine, caps
     assert figures["rows_per_s"] > 0 and 0 <= figures["sync_share"] <= 1
     assert "the same predictions from the saved model" in capsys.readouterr().out
     assert spark.range(3).count() == 3  # a session that was there before is not stopped
+
+
+@pytest.mark.timeout(300)
+def test_pictures_in_folders_are_told_apart_better_than_by_the_nearest_mean(spark):
+    figures = image_classification.main(spark)
+    assert figures["accuracy"] >= 0.95 and figures["accuracy"] > figures["rival"] + 0.03
+
+
+@pytest.mark.timeout(300)
+def test_the_wide_and_deep_net_finds_the_cross_that_a_linear_model_cannot(spark):
+    figures = wide_and_deep.main(spark)
+    assert figures["linear"] + 0.02 < figures["auc"] < figures["law"] + 0.01
+
+
+@pytest.mark.timeout(300)
+def test_errors_of_a_forecast_find_the_odd_hours_and_sizes_of_values_do_not(spark):
+    figures = anomaly_detection.main(spark)
+    assert figures["recall"] >= 0.9 and figures["precision"] >= 0.8 and figures["rival_recall"] <= 0.1
+
+
+@pytest.mark.timeout(300)
+def test_docstrings_are_put_to_their_subjects(spark):
+    figures = text_classification.main(spark)
+    assert figures["accuracy"] >= 0.7 and figures["accuracy"] > 2 * figures["rival"]
+
+
+@pytest.mark.timeout(300)
+def test_frozen_convolutions_of_other_digits_beat_a_start_from_scratch_on_few_rows(spark):
+    figures = transfer_learning.main(spark)
+    assert figures["transfer"] >= 0.65 and figures["transfer"] > figures["scratch"] + 0.05
+
+
+@pytest.mark.timeout(300)
+def test_class_weights_find_fraud_that_a_plain_fit_does_not(spark):
+    figures = fraud_detection.main(spark)
+    assert figures["aucpr"] > 20 * figures["base"]
+    assert figures["precision"] >= 0.4 and figures["recall"] >= 0.5  # at the limit that was chosen on other rows
+    assert figures["weighted_recall"] > figures["plain_recall"] + 0.1
+
+
+@pytest.mark.timeout(300)
+def test_a_stream_is_scored_as_a_batch_is(spark):
+    figures = streaming_scoring.main(spark)
+    assert figures["differences"] == 0 and figures["rows"] == 190 and figures["accuracy"] >= 0.93
+    assert figures["batches"] == 2 and figures["more"] == 1
+    assert not spark.streams.active
+
+
+@pytest.mark.timeout(300)
+def test_the_search_finds_an_optimizer_better_than_one_that_hardly_moves(spark, capsys):
+    figures = hyperparameter_search.main(spark)
+    assert figures["best"] != 0 and figures["found"] > figures["careful"] + 0.1 and figures["accuracy"] >= 0.9
+    assert "AdamW(lr=0.01, weight_decay=0.01)" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(120)

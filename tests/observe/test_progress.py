@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,13 +39,27 @@ def test_a_bar_has_epoch_loss_validation_and_speed():
     shown = screen([start(4, 2), *history(2, 2, validated=True)])
     assert all(LOOK.match(text) and len(text) <= 120 for text in shown), shown
     assert "val_" not in shown[0] and "1/4 [" in shown[0] and "epoch 1/2" in shown[0]
-    assert "val_accuracy 0.6" in shown[-1] and "4/4 [" in shown[-1] and "epoch 2/2" in shown[-1] and "1,000 rows/s" in shown[-1]
+    assert "val_accuracy 0.8" in shown[-1] and "4/4 [" in shown[-1] and "epoch 2/2" in shown[-1] and "1,000 rows/s" in shown[-1]
 
 
 def test_thinned_lines_end_at_the_last_step():
     lines = [start(20, 2), *history(2, 10, every=6)]
     assert "20/20 [" in screen(lines)[-1]
     assert "19/20 [" in screen(lines, ended=False)[-1]  # without the end it is the last line heard
+
+
+def test_the_last_step_is_shown_though_its_line_came_only_with_the_history():
+    lines = history(2, 10)
+    heard = [line for line in lines if line.get("step", 0) < 7]
+    assert "7/20 [" in screen([start(20, 2), *heard], ended=False)[-1]
+    file = io.StringIO()
+    with Callbacks([bar := Progress("bar", file=file, width=120)]) as told:
+        bar._tqdm = lambda **settings: tqdm.tqdm(**settings | {"mininterval": 0, "miniters": 1})
+        for line in [start(20, 2), *heard]:
+            told(line)
+        told.ended(lines)
+    last = file.getvalue().strip().split("\r")[-1]
+    assert "20/20 [" in last and f"epoch 2/2, loss {lines[-2]['loss']:.4g}, " in last
 
 
 def test_a_fit_that_was_stopped_stays_where_it_stopped():
@@ -92,10 +107,13 @@ def test_none_is_silent(caplog, capsys):
 
 
 def test_auto_is_a_bar_only_where_someone_may_look(monkeypatch):
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # as pyspark leaves it in any program, where it is installed
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert Progress()._mode == "log"
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))  # imported, and not what runs us
+    assert Progress()._mode == "log"
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
     assert Progress()._mode == "bar"
 
 
