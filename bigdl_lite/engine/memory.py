@@ -41,7 +41,7 @@ from bigdl_lite.algorithms import Side, Update
 from bigdl_lite.comm.window import Look, Window, look
 from bigdl_lite.engine.looker import CLOSED, board_nbytes, looker_of, nap, part_in, rates_in, seat_in, seated
 from bigdl_lite.engine.order import Order, dumps
-from bigdl_lite.engine.routes import REFILLS, Blind, Coming, Ground, lacking, nothing
+from bigdl_lite.engine.routes import REFILLS, Blind, Coming, Ground, description, lacking, nothing
 from bigdl_lite.engine.spark import Submitters, repeated
 from bigdl_lite.engine.tasks import side_of, state_in
 from bigdl_lite.errors import PeerLost
@@ -199,7 +199,8 @@ class MemoryRoute:
     def _submit(self, orders: list[Order]) -> _Job:
         first = self._given + 1
         self._given += len(orders)
-        return _Job(first, orders, self._submitters(f"{first} {dumps(orders)}"))
+        title = description(self.ground.recipe, orders[0], orders[-1])
+        return _Job(first, orders, self._submitters(f"{first} {dumps(orders)}", title))
 
     def _wait(self, job: _Job) -> list[Look] | None:
         """The memory of all workers in rank order, with their parts of this round; None where some will not come."""

@@ -96,7 +96,8 @@ def measured(ground: Ground, weights: Tensor, buffers: Tensor, step: int) -> lis
     state = ground.sc.broadcast((_bytes(weights), _bytes(buffers)))
     run = repeated(ground.tokens, measurer_of(ground.static, ground.shipped, state, ground.order, step))
     try:
-        frames = _settled(lambda: [wire.loads(data) for data in run("")], ground, step)
+        title = f"bigdl_lite {ground.recipe.run}: validation after step {step}"
+        frames = _settled(lambda: [wire.loads(data) for data in run("", title)], ground, step)
     finally:
         state.destroy(blocking=False)
     found = [sums_of(f) for f in sorted((f for f in frames if f.kind == wire.SUMS), key=lambda f: f.rank)]
@@ -148,9 +149,16 @@ class ShuffleRoute:
         pass
 
 
+def description(recipe: Recipe, first: Order, last: Order) -> str:
+    """What Spark's own pages call a job of these rounds."""
+    steps = f"step {first.round}" if first.round == last.round else f"steps {first.round} to {last.round}"
+    return f"bigdl_lite {recipe.run}: shuffle, epoch {first.epoch + 1} of {recipe.epochs}, {steps}"
+
+
 def _job(ground: Ground, order: Order, state: Any, owners: int) -> list[wire.Frame]:
     """One job of two stages, or of one where the driver is the only owner."""
     mapper = mapper_of(ground.static, ground.shipped, state, order)
+    ground.sc.setJobDescription(description(ground.recipe, order, order))
     if owners > 1:
         back = exchange(ground.tokens, mapper, owners, combiner_of(ground.static, order))
     else:

@@ -211,18 +211,21 @@ _ENCRYPTION = (
 )  # fmt: skip
 
 
-def repeated(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]]) -> Callable[[str], list[bytes]]:
-    """A job of one stage that is run again and again: run(note) brings what task(partition, rows) makes to the driver.
+def repeated(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]]) -> Callable[..., list[bytes]]:
+    """A job of one stage that is run again and again: run(note, description) brings what task(partition, rows) makes to the driver.
 
-    The task is made and sent to Spark once. What changes is the note, which a task reads with note_of_job().
+    The task is made and sent to Spark once. What changes is the note, which a task reads with note_of_job(), and what Spark's own
+    pages call the job; "": as it was called before.
     """
     sc = rdd.context
     made = rdd.mapPartitionsWithIndex(task, preservesPartitioning=True)
     made._bypass_serializer = True
     back = RDD(made._jrdd, sc, NoOpSerializer())
 
-    def run(note: str) -> list[bytes]:
+    def run(note: str, description: str = "") -> list[bytes]:
         sc.setLocalProperty(_NOTE, note)
+        if description:
+            sc.setJobDescription(description)
         try:
             return back.collect()
         finally:
@@ -237,20 +240,20 @@ def in_order(sc: SparkContext) -> bool:
 
 
 class Submitters:
-    """Two threads that run jobs, so that one can be submitted while another runs: run(note) as repeated() makes it.
+    """Two threads that run jobs, so that one can be submitted while another runs: run(note, description) as repeated() makes it.
 
-    They have the tags and the description of the thread that makes them.
+    They have the tags of the thread that makes them.
     """
 
-    def __init__(self, run: Callable[[str], list[bytes]]) -> None:
-        self._work: queue.SimpleQueue[tuple[str, Future[list[bytes]]] | None] = queue.SimpleQueue()
+    def __init__(self, run: Callable[..., list[bytes]]) -> None:
+        self._work: queue.SimpleQueue[tuple[str, str, Future[list[bytes]]] | None] = queue.SimpleQueue()
         self._threads = [InheritableThread(target=self._serve, args=(run,), name="bigdl_lite-submit", daemon=True) for _ in range(2)]
         for thread in self._threads:
             thread.start()
 
-    def __call__(self, note: str) -> Future[list[bytes]]:
+    def __call__(self, note: str, description: str = "") -> Future[list[bytes]]:
         future: Future[list[bytes]] = Future()
-        self._work.put((note, future))
+        self._work.put((note, description, future))
         return future
 
     def close(self) -> None:
@@ -259,11 +262,11 @@ class Submitters:
         for thread in self._threads:
             thread.join(2.0)
 
-    def _serve(self, run: Callable[[str], list[bytes]]) -> None:
+    def _serve(self, run: Callable[..., list[bytes]]) -> None:
         while (work := self._work.get()) is not None:
-            note, future = work
+            note, description, future = work
             try:
-                future.set_result(run(note))
+                future.set_result(run(note, description))
             except BaseException as error:
                 future.set_exception(error)
 

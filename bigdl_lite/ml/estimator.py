@@ -47,6 +47,8 @@ class TorchEstimator(Estimator, HasTraining, MLWritable, MLReadable["TorchEstima
     scheduler         callable (optimizer) -> a torch learning rate scheduler, stepped once per schedulerInterval
     inputCols         one column for each positional argument of forward: numbers, arrays, ml vectors, binary (see decoders);
                       a list of columns of numbers in place of one makes one argument [rows, columns] of them
+    featuresCol       the one input, as pyspark.ml calls it, in place of inputCols
+    handleInvalid     "error", or "skip": rows with a null, NaN or infinity are left out of the fit, and by the model of its scores
     labelCol          the second argument of loss
     decoders          how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}
     batchSize         rows of one step over ALL workers
@@ -124,7 +126,7 @@ class TorchEstimator(Estimator, HasTraining, MLWritable, MLReadable["TorchEstima
             predictBatchSize=1024, progress="auto", deadline=120.0, decoders={},
             checkpointInterval=1, checkpointUnit="epoch", checkpointKeep=2, resume=False, recoveryInterval=60.0, maxRecoveries=3,
             hierarchical=False, metrics=[], monitor="val_loss", minDelta=0.0, callbacks=[], accumulation=1, precision="fp32",
-            compile=False, device="auto",
+            compile=False, device="auto", handleInvalid="error",
         )  # fmt: skip
         self.setParams(**given)
 

@@ -32,7 +32,7 @@ from bigdl_lite.engine.worker import require_versions, settle, versions
 from bigdl_lite.errors import DataError, RecipeError, report, revive
 from bigdl_lite.ml.loss import Loss
 from bigdl_lite.ml.model import TorchClassificationModel, TorchRegressionModel
-from bigdl_lite.ml.rows import computed, require_frame
+from bigdl_lite.ml.rows import computed, require_frame, usable
 from bigdl_lite.ml.score import forward, load, passes
 from bigdl_lite.model.loss import CLASS_LOSSES, ELEMENTWISE_LOSSES, Squeezed
 
@@ -83,6 +83,8 @@ def evaluate(model: Any, frame: DataFrame, metrics: Any, label: str | None, weig
     scorer = replace(scorer, columns=Columns(columns.inputs[: len(scorer.columns.inputs)]))
     job = _Job(columns, chosen, weight is not None, versions())
     task = _task(pack(scorer), pack(job), model._ship(frame.sparkSession))
+    if model._given("handleInvalid") == "skip":
+        frame = usable(frame, names)
     with computed(), jobs(frame.sparkSession.sparkContext, "bigdl_lite: evaluate"):
         table = collect(select(frame, names).mapInArrow(task, _TOKEN))
     return _values(sorted(table.to_pylist(), key=lambda told: told["partition"]), chosen)

@@ -22,7 +22,7 @@ from bigdl_lite.engine.spark import on_this_machine, read_columns, select
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.head import Head, Heads
 from bigdl_lite.ml.params import HasScoring, check_params
-from bigdl_lite.ml.rows import require_frame
+from bigdl_lite.ml.rows import require_frame, usable
 from bigdl_lite.ml.score import Scorer, function, module_of, require_cuda, score
 from bigdl_lite.model.layout import Blueprint, blueprint
 from bigdl_lite.observe.summary import Summary
@@ -48,7 +48,9 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._setDefault(predictionCol="prediction", predictBatchSize=1024, decoders={}, labelCol="label", device="auto")
+        self._setDefault(
+            predictionCol="prediction", predictBatchSize=1024, decoders={}, labelCol="label", device="auto", handleInvalid="error"
+        )
         self._columns, self._head, self._plan, self._start = columns, head, plan, start
         self._shapes = shapes  # of one row in each input column; None where that was not saved
         self._made_by = made_by  # the function or class that makes the module, for save()
@@ -94,6 +96,8 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         require_frame(dataset, stream=True)
         scorer = self._scorer()
         self._require_readable(dataset, scorer.columns)
+        if self._given("handleInvalid") == "skip":
+            dataset = usable(dataset, [c.source for c in scorer.columns.inputs])
         column = f"__bigdl_lite_{uuid.uuid4().hex}"  # the name of no column
         scored = dataset.withColumn(column, score(dataset, scorer, self._ship(dataset.sparkSession)))
         return self._spread(scored, F.col(column)).drop(column)
@@ -184,9 +188,9 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         if device == "cuda" and on_this_machine(SparkSession.builder.getOrCreate().sparkContext):
             require_cuda("this machine has none that torch can use")
         assert self._plan and self._columns
-        names = self._given("inputCols") or [c.source for c in self._columns.inputs]
+        names = self._inputs() or [c.source for c in self._columns.inputs]
         if len(names) != len(self._columns.inputs):
-            raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols names {len(names)}")
+            raise RecipeError(f"the module takes {len(self._columns.inputs)} inputs, inputCols (or featuresCol) names {len(names)}")
         inputs = tuple(c.renamed(name) for c, name in zip(self._columns.inputs, names, strict=True))
         return Scorer(self._plan, Columns(inputs), head, self.getPredictBatchSize(), device)
 

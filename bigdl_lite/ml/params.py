@@ -68,6 +68,8 @@ class HasScoring(HasInputCols, HasPredictionCol, HasLabelCol):
 
     predictionCol = _param("predictionCol", "the column of predictions that transform adds", _text)
     inputCols = _param("inputCols", "one column, or a list of columns of numbers, for each argument of forward", _names)
+    featuresCol = _param("featuresCol", "the one column that forward takes, in place of inputCols", _text)
+    handleInvalid = _param("handleInvalid", "rows with nulls, NaN or infinity: 'error', or 'skip', which leaves them out", _text)
     predictBatchSize = _param("predictBatchSize", "rows of one forward pass in transform", _int)
     decoders = _param("decoders", "how binary columns are read: {column: Raw(shape, dtype) or function(bytes) -> array}")
     labelCol = _param("labelCol", "the column that is the second argument of loss", _text)
@@ -75,6 +77,15 @@ class HasScoring(HasInputCols, HasPredictionCol, HasLabelCol):
         "outputCols", "a column for each output of a module that returns several, {output: column}, in place of predictionCol", _outputs
     )
     device = _param("device", "where transform computes: 'auto' (the GPU that Spark gave the task, else the CPU), 'cpu', 'cuda'", _text)
+
+    def _inputs(self) -> Any:
+        """The names of the inputs, None where none are set. RecipeError where both Params name them."""
+        features = self._given("featuresCol")
+        if features is None:
+            return self._given("inputCols")
+        if self.isSet(self.inputCols):
+            raise RecipeError(f"featuresCol={features!r} and inputCols={self.getInputCols()} both name the inputs: leave one out")
+        return [features]
 
     def getPredictBatchSize(self) -> int:
         return self.getOrDefault(self.predictBatchSize)
@@ -215,6 +226,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "'auto', 'barrier', 'shuffle', 'local' or an engine object",
     ),
     "algorithm": (lambda given: isinstance(given, str) or callable(given), "a name or a function optimizer -> Round"),
+    "handleInvalid": (lambda text: text in ("error", "skip"), "'error' or 'skip'"),
     "inputCols": (lambda names: [] not in names, "a list of names, or of lists that each have a name"),
     "outputCols": (lambda outputs: len(outputs) > 0, "at least one output"),
     "device": (lambda name: name in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
@@ -243,3 +255,24 @@ def set_given(params: Params, given: dict[str, Any]) -> None:
             params._set(**{name: value})
         except TypeError as error:
             raise RecipeError(f"{name}={value!r}: {error}") from error
+
+
+def _with_setters(cls: type[Params]) -> None:
+    """setX for each Param of a class, as pyspark.ml has them: est.setBatchSize(32).setEpochs(3)."""
+
+    def setter(name: str) -> Callable[[Params, Any], Params]:
+        def change(self: Params, value: Any) -> Params:
+            set_given(self, {name: value})
+            return self
+
+        change.__doc__ = f"Sets {name}; None leaves it as it is."
+        return change
+
+    for name, param in list(vars(cls).items()):
+        method = f"set{name[0].upper()}{name[1:]}"
+        if isinstance(param, Param) and not hasattr(cls, method):
+            setattr(cls, method, setter(name))
+
+
+_with_setters(HasScoring)
+_with_setters(HasTraining)

@@ -31,7 +31,7 @@ from bigdl_lite.ml.engines import choose
 from bigdl_lite.ml.model import TorchModel, model_of
 from bigdl_lite.ml.params import check_params
 from bigdl_lite.ml.resume import about, begin, recovery_of, saving_of
-from bigdl_lite.ml.rows import computed, from_rdd, require_frame
+from bigdl_lite.ml.rows import computed, from_rdd, require_frame, usable
 from bigdl_lite.ml.score import head_of
 from bigdl_lite.ml.watching import ears_of, watch_of, weighted_by_class
 from bigdl_lite.model.batchnorm import synchronised
@@ -169,7 +169,7 @@ def advance_of(estimator: Any) -> TorchOptimizer:
 
 def _columns(estimator: Any, dataset: DataFrame | RDD[Any], plan: Blueprint, loss: Any) -> tuple[DataFrame, Columns, list[Any]]:
     """The frame, what is read of it, and the names of the inputs."""
-    inputs, label, decoders = estimator.getInputCols(), estimator.getLabelCol(), estimator.getDecoders()
+    inputs, label, decoders = estimator._inputs(), estimator.getLabelCol(), estimator.getDecoders()
     names = {name: estimator._given(name) for name in ("weightCol", "validationIndicatorCol")}
     if isinstance(dataset, RDD):
         other = next((name for name, value in names.items() if value), None)
@@ -187,6 +187,8 @@ def _columns(estimator: Any, dataset: DataFrame | RDD[Any], plan: Blueprint, los
             raise DataError(f"validationIndicatorCol {held.name!r} must be boolean: df.withColumn({held.name!r}, condition)")
         held = replace(held, dtype=torch.int64)
     weight = weight and replace(weight, dtype=dtype, positive=True)
+    if estimator._given("handleInvalid") == "skip":
+        dataset = usable(dataset, [*inputs, label, *filter(None, names.values())])
     return dataset, replace(columns, label=estimator._target(columns.label, loss, dtype), weight=weight, held=held), inputs
 
 

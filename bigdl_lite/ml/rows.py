@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from py4j.protocol import Py4JJavaError
 from pyspark import RDD
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.types import BinaryType, StructField, StructType
+from pyspark.ml.functions import vector_to_array
+from pyspark.ml.linalg import VectorUDT
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import ArrayType, BinaryType, DataType, DoubleType, FloatType, StructField, StructType
 
-from bigdl_lite.data.columns import Raw, numeric
+from bigdl_lite.data.columns import Name, Raw, flat, numeric
 from bigdl_lite.errors import DataError
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n((?:[ \t].*\n|\n)*)(\S.*)")  # of a Python worker
@@ -32,6 +35,24 @@ def require_frame(dataset: Any, stream: bool = False) -> None:
         raise DataError(f"a {type(dataset).__name__} is no DataFrame of Spark's: make one with spark.createDataFrame")
     if not stream and dataset.isStreaming:
         raise DataError("the DataFrame is a stream, which has no end: train on a table of its rows")
+
+
+def usable(frame: DataFrame, names: Sequence[Name]) -> DataFrame:
+    """The rows in which the named columns hold numbers: no null, NaN or infinity, also inside arrays and ml vectors."""
+    kinds = {found.name: found.dataType for found in frame.schema.fields}
+    for name in flat(names):
+        frame = frame.where(_valid(F.col(f"`{name.replace('`', '``')}`"), kinds[name]))
+    return frame
+
+
+def _valid(column: Column, kind: DataType) -> Column:
+    if isinstance(kind, VectorUDT):
+        return F.when(column.isNotNull(), F.forall(vector_to_array(column), lambda x: _valid(x, DoubleType()))).otherwise(False)
+    if isinstance(kind, ArrayType):
+        return F.when(column.isNotNull(), F.forall(column, lambda x: _valid(x, kind.elementType))).otherwise(False)
+    if isinstance(kind, FloatType | DoubleType):
+        return column.isNotNull() & ~F.isnan(column) & (F.abs(column) != float("inf"))
+    return column.isNotNull()
 
 
 @contextlib.contextmanager

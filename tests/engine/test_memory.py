@@ -333,3 +333,14 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_job_runs_again_with_its_shar
     assert told["steps"] == 20 and told["calm"] == [1, 2, 4, 8, 5] and told["left"] == []
     for how in ("killed", "share"):
         assert told[how]["hit"] and told[how]["equal"] and told[how]["steps"], told
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_sparks_own_pages_tell_run_epoch_and_step(spark, monkeypatch, share_memory) -> None:
+    told = []
+    real = type(spark.sparkContext).setJobDescription
+    monkeypatch.setattr(type(spark.sparkContext), "setJobDescription", lambda self, text: (told.append(text), real(self, text))[1])
+    fit(spark, ShuffleEngine(share_memory=share_memory), epochs=2)
+    ours = [text for text in told if text and text.startswith("bigdl_lite TorchEstimator_")]
+    assert any("shuffle, epoch 1 of 2, step" in text for text in ours) and any("epoch 2 of 2" in text for text in ours)
+    assert told[-1] is None or not told[-1].startswith("bigdl_lite"), "what the user had is put back"

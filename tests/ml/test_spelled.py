@@ -11,18 +11,29 @@ import torch
 from pyspark.ml import Pipeline, PipelineModel
 from pyspark.ml.evaluation import MulticlassClassificationEvaluator
 from pyspark.ml.feature import VectorAssembler
+from pyspark.ml.linalg import Vectors, VectorUDT
 from pyspark.ml.tuning import CrossValidator, CrossValidatorModel, ParamGridBuilder
+from pyspark.sql.types import ArrayType, DoubleType, LongType, StructField, StructType
 from torch import nn
 
 from bigdl_lite import AUC, EMA, TopK, TorchClassifier, TorchEstimator, TorchRegressor, every_epoch, max_loss
 from bigdl_lite.algorithms.named import NamedOptimizer
-from bigdl_lite.errors import RecipeError, WireError
+from bigdl_lite.errors import DataError, RecipeError, WireError
 from bigdl_lite.ml.spelled import Unspellable, spelled, unspelled
 from tests.conftest import flat, frame, mlp, problem
 
 
 def halved(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.25)
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 2)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([a, b[:, None], v], 1))
 
 
 def linear2() -> nn.Module:
@@ -154,3 +165,38 @@ def test_threads_fit_side_by_side_to_the_same_weights(rows: Any) -> None:
         fits = {engine: pool.submit(quick(engine=engine).fit, rows) for engine in alone}
         for engine, fit in fits.items():
             torch.testing.assert_close(flat(fit.result(100).module), alone[engine], atol=0, rtol=0)
+
+
+def test_every_param_has_a_setter(rows: Any) -> None:
+    est = TorchClassifier()
+    for param in est.params:
+        assert callable(getattr(est, f"set{param.name[0].upper()}{param.name[1:]}")), param.name
+    made = est.setModule(mlp).setEngine("local").setNumWorkers(2).setEpochs(2).setBatchSize(20).setProgress("none")
+    made.setFeaturesCol("features")
+    torch.testing.assert_close(flat(made.fit(rows).module), flat(quick().fit(rows).module), atol=0, rtol=0)
+    with pytest.raises(RecipeError, match="batchSize='many'"):
+        est.setBatchSize("many")
+    with pytest.raises(RecipeError, match="both name the inputs"):
+        made.setInputCols(["features"]).fit(rows)
+
+
+def test_rows_that_cannot_be_used_are_errors_or_left_out(spark: Any) -> None:
+    """In training and in scoring: nulls, NaN and infinity in numbers, arrays and vectors."""
+    nan, inf, fine = float("nan"), float("inf"), ([1.0, 2.0], 0.5, Vectors.dense([1.0]), 1)
+    ill = [(None, *fine[1:]), ([1.0, nan], *fine[1:]), ([1.0, None], *fine[1:]), (fine[0], None, *fine[2:]), (fine[0], -inf, *fine[2:]),
+           (*fine[:2], None, 1), (*fine[:2], Vectors.dense([nan]), 1), (*fine[:3], None)]  # fmt: skip
+    schema = StructType([
+        StructField("a", ArrayType(DoubleType())), StructField("b", DoubleType()), StructField("v", VectorUDT()),
+        StructField("label", LongType()),
+    ])  # fmt: skip
+    df = spark.createDataFrame([fine, *ill, fine], schema)
+    est = quick(module=Three, inputCols=["a", "b", "v"], numWorkers=1, epochs=1)
+    with pytest.raises(DataError):
+        est.fit(df)
+    model = est.setHandleInvalid("skip").fit(df)
+    assert model.history[0]["rows"] == 2
+    scored = model.transform(df)
+    assert [row.label for row in scored.collect()] == [1, 1, None], "a label is not needed to score"
+    assert model.evaluate(df, ["accuracy"])["accuracy"] in (0.0, 1.0)
+    with pytest.raises(RecipeError, match="'error' or 'skip'"):
+        est.setHandleInvalid("keep").fit(df)
