@@ -66,9 +66,9 @@ class _Rank:
         self.rank, self.block, method = meeting.place.rank, meeting.block, recipe.round
         block, moves = self.block, method.local.moves
         self.weights = block.weights.clone() if moves else block.weights
-        made = recipe.blueprint, start.constants, recipe.loss, recipe.compute
-        self.replica = _replica(self.weights, block.grads[meeting.place.local], *made)
-        self.served = _replica(block.weights, None, *made) if moves else self.replica
+        made = start.constants, recipe.loss, recipe.compute
+        self.replica = Replica(recipe.blueprint, self.weights, block.grads[meeting.place.local], *made)
+        self.served = Replica(recipe.blueprint, block.weights, None, *made) if moves else self.replica
         connect(self.replica.module, meeting.all_reduce)
         if meeting.place.local == 0 and start.weights.data_ptr() != block.weights.data_ptr():
             block.weights.copy_(start.weights)
@@ -220,7 +220,3 @@ class _Rank:
         """Whether the observer wants the fit to end here: rank 0 knows, and tells the others."""
         asks = getattr(self.observer, "asked", None) if self.rank == 0 else None
         return bool(self.meeting.all_reduce(torch.tensor([float(asks is not None and asks())], dtype=torch.float64)))
-
-
-def _replica(weights: Tensor, gradient: Tensor | None, blueprint: Any, constants: Any, loss: Any, compute: Any) -> Replica:
-    return Replica(blueprint, weights, gradient, constants, loss, compute)

@@ -97,8 +97,10 @@ class Job:
 
 
 def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
-    """Raises RecipeError and DataError for whatever the settings or the schema show to be wrong. An RDD costs one job, as do
-    classWeights="balanced"."""
+    """Raises RecipeError and DataError for whatever the settings or the schema show to be wrong, before any job.
+
+    But an RDD costs a job that takes its first row, and classWeights="balanced" one that counts the labels.
+    """
     check_params(estimator)
     given = estimator._given
     lost = getattr(estimator, "_lost", {})
@@ -117,18 +119,18 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
     plan, weights, buffers, constants = trying(lambda: blueprint(module), "copy.deepcopy of the module")
     start = Start(weights, buffers, constants)
     dataset, columns, inputs = _columns(estimator, dataset, plan, loss)
-    loss = weighted_by_class(loss, given("classWeights"), dataset, columns.label)
     advance = advance_of(estimator)
     round_ = trying(lambda: method(given("algorithm"), advance), "the algorithm")
     round_ = trying(lambda: with_exchange(round_, given("exchange"), plan), "the exchange")
     replica = Replica(plan, start.weights.clone(), None, constants, loss)
     trying(lambda: round_.advance.check(replica), "the optimizer or scheduler")
-    loss = estimator._loss(by_row(loss) if columns.weight is not None else loss)
     engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession, round_)
     if round_.peer is not None:
         peer = trying(lambda: round_.peer.prepared(plan, replica, round_.advance, p), "the algorithm")
         round_ = replace(round_, peer=peer)
     round_ = _shadowed(round_, given("averaging"), watch.best, given("epochs"))
+    loss = weighted_by_class(loss, given("classWeights"), dataset, columns.label)  # which may cost a job
+    loss = estimator._loss(by_row(loss) if columns.weight is not None else loss)
     check(
         module=plan, loss=loss, optimizer=advance, decoders=estimator.getDecoders(), exchange=round_.exchange, algorithm=round_.peer,
         watch=watch,
