@@ -25,7 +25,7 @@ from bigdl_lite.engine.recipe import Engine
 from bigdl_lite.engine.trigger import Trigger
 from bigdl_lite.ml.head import classifier_kind
 from bigdl_lite.ml.model import TorchClassificationModel, TorchModel, TorchRegressionModel
-from bigdl_lite.ml.params import HasTraining, set_given
+from bigdl_lite.ml.params import HasTraining, set_given, with_setters
 from bigdl_lite.ml.prepare import prepare
 from bigdl_lite.ml.search import Models
 from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Squeezed, rule_of
@@ -222,3 +222,6 @@ class TorchRegressor(TorchEstimator):
 
     def _target(self, label: Column, loss: Any, floating: torch.dtype) -> Column:
         return replace(super()._target(label, loss, floating), dtype=floating)
+
+
+with_setters(TorchClassifier)

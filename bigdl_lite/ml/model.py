@@ -21,7 +21,7 @@ from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import on_this_machine, read_columns, select
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.head import Head, Heads
-from bigdl_lite.ml.params import HasScoring, check_params
+from bigdl_lite.ml.params import HasScoring, check_params, with_setters
 from bigdl_lite.ml.rows import require_frame, usable
 from bigdl_lite.ml.score import Scorer, function, module_of, require_cuda, score
 from bigdl_lite.model.layout import Blueprint, blueprint
@@ -274,3 +274,6 @@ def model_of(
     trained = Start(outcome.weights, outcome.buffers, start.constants)
     shapes = outcome.shapes[: len(columns.inputs)]
     return kind(columns, head, plan, trained, outcome.history, outcome.engine, made_by, shapes)
+
+
+with_setters(TorchClassificationModel)

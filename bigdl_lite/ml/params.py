@@ -257,8 +257,8 @@ def set_given(params: Params, given: dict[str, Any]) -> None:
             raise RecipeError(f"{name}={value!r}: {error}") from error
 
 
-def _with_setters(cls: type[Params]) -> None:
-    """setX for each Param of a class, as pyspark.ml has them: est.setBatchSize(32).setEpochs(3)."""
+def with_setters(cls: type[Params]) -> None:
+    """Gives a class setX for each of its Params, as pyspark.ml has them: est.setBatchSize(32).setEpochs(3)."""
 
     def setter(name: str) -> Callable[[Params, Any], Params]:
         def change(self: Params, value: Any) -> Params:
@@ -268,11 +268,11 @@ def _with_setters(cls: type[Params]) -> None:
         change.__doc__ = f"Sets {name}; None leaves it as it is."
         return change
 
-    for name, param in list(vars(cls).items()):
+    for name in dir(cls):
         method = f"set{name[0].upper()}{name[1:]}"
-        if isinstance(param, Param) and not hasattr(cls, method):
+        if isinstance(getattr(cls, name, None), Param) and not hasattr(cls, method):
             setattr(cls, method, setter(name))
 
 
-_with_setters(HasScoring)
-_with_setters(HasTraining)
+with_setters(HasScoring)
+with_setters(HasTraining)

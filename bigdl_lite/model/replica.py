@@ -8,9 +8,10 @@ backward pass writes straight to where the others will read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,7 +113,12 @@ class Replica:
             scale = _SCALE
         for at in range(0, batch.rows, rows):
             part = batch if rows == batch.rows else batch.part(at, at + rows)
-            for i, (loss, weight) in enumerate(self._losses(part)):
+            for i, (rule, forward) in enumerate(self._forwards(part)):
+                with self._cast():
+                    output = forward()
+                    check_output(rule, output, part)
+                    weight = self.weight(part)
+                    loss = summed(rule, output, part, weight)
                 if not loss.requires_grad:
                     raise RecipeError("the loss does not depend on any trainable parameter; is the forward pass under no_grad?")
                 if weight:  # else every row has ignore_index, or counts nothing: the mean over none of them is not a number
@@ -127,19 +133,13 @@ class Replica:
             self.gradient.div_(scale)
         return total
 
-    def _losses(self, part: Batch) -> Iterator[tuple[Tensor, float]]:
-        """The loss summed over the rows of `part`, and what it divides by; of a Stack the losses [k] of all models, or one [1]
-        after the other."""
-        rule, stack, one_by_one = self.loss, cast(Any, self.module), None
-        if isinstance(rule, Each) and not stack.together(*part.inputs):
-            rule, one_by_one = rule.loss, stack.in_turn(*part.inputs)
-        for _ in range(1 if one_by_one is None else stack.k):
-            with self._cast():
-                output = self._forward(*part.inputs) if one_by_one is None else next(one_by_one)
-                check_output(rule, output, part)
-                weight = self.weight(part)
-                loss = summed(rule, output, part, weight)
-            yield loss, weight
+    def _forwards(self, part: Batch) -> list[tuple[Loss, Callable[[], Any]]]:
+        """What is to be computed on `part`, and by which loss; of a Stack all models at once, or one after the other."""
+        stack: Any = self.module
+        if not isinstance(self.loss, Each) or stack.together(*part.inputs):
+            return [(self.loss, partial(self._forward, *part.inputs))]
+        turns = stack.in_turn(*part.inputs)
+        return [(self.loss.loss, partial(next, turns))] * stack.k
 
     def _cast(self) -> Any:
         dtype = PRECISIONS[self.compute.precision]

@@ -189,6 +189,7 @@ def test_a_program_trains_on_the_cluster_with_the_package_that_came_in_a_zip(clu
     assert told["losses"]["barrier"][-1] < told["losses"]["barrier"][0]
 
 
+@pytest.mark.slow
 def test_an_error_in_training_is_an_exit_code_and_the_users_traceback(cluster: Cluster, package: Path, program) -> None:
     body = """
     def odd(output, target):

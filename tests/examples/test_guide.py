@@ -53,7 +53,13 @@ def test_the_first_page_trains_a_classifier(start: dict[str, Any]) -> None:
     assert len(losses) == 5 and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "index" and blocks(page)])
+ALWAYS = ("training", "inference")  # the other pages take a minute together
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page if page in ALWAYS else pytest.param(page, marks=pytest.mark.slow) for page in PAGES if page != "index" and blocks(page)],
+)
 def test_the_python_of_a_page_runs_as_it_stands(
     start: dict[str, Any], page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
