@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,14 @@ def test_autocast_rounds_and_trains(rows: Any, precision: str) -> None:
     assert half.history[-1]["loss"] == pytest.approx(full.history[-1]["loss"], rel=0.1)
     assert not torch.equal(flat(full.module), flat(half.module))  # control: it did something
     assert flat(half.module).dtype == torch.float32
+
+
+@pytest.mark.slow  # a compiler is started
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_module_trains_to_the_same_weights(rows: Any) -> None:
+    for engine in ("local", "barrier"):
+        plain, made = classifier(engine, epochs=2).fit(rows), classifier(engine, epochs=2, compile=True).fit(rows)
+        torch.testing.assert_close(flat(made.module), flat(plain.module), atol=1e-5, rtol=1e-4)
 
 
 def test_a_dry_run_takes_few_batches(rows: Any) -> None:
