@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,23 +35,12 @@ from bigdl_lite.ml.model import TorchClassificationModel, TorchRegressionModel
 from bigdl_lite.ml.rows import computed, require_frame, usable
 from bigdl_lite.ml.score import forward, load, passes
 from bigdl_lite.model.loss import CLASS_LOSSES, ELEMENTWISE_LOSSES, Squeezed
+from bigdl_lite.model.sums import Metric
 
 _TOKEN = "partition int, weight double, sums array<binary>, error string"
 _ARROW = pa.schema([
     ("partition", pa.int32()), ("weight", pa.float64()), ("sums", pa.list_(pa.binary())), ("error", pa.string()),
 ])  # fmt: skip
-
-
-class Metric(Protocol):
-    """What evaluate asks of a metric; model/metrics.py has those with names."""
-
-    name: str
-
-    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
-        """[k] float64: sums over rows, linear in weight [b] float64."""
-        ...
-
-    def value(self, sums: Tensor) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bigdl_lite.errors import DataError, RecipeError
-
-_KINDS = ("plain", "logits", "log-probabilities", "logit", "probability")
+from bigdl_lite.model.sums import KINDS
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Head:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise RecipeError(f"head {self.kind!r} is not one of {_KINDS}")
+        if self.kind not in KINDS:
+            raise RecipeError(f"head {self.kind!r} is not one of {KINDS}")
         if self.kind in ("logits", "log-probabilities") and (len(self.shape) != 1 or self.shape[0] < 2):
             raise RecipeError(
                 f"a classifier with class scores must return [rows, classes >= 2], the module returns rows of {list(self.shape)}"

@@ -28,7 +28,7 @@ from bigdl_lite.model.layout import Blueprint, blueprint
 from bigdl_lite.observe.summary import Summary
 
 if TYPE_CHECKING:
-    from bigdl_lite.ml.evaluate import Metric
+    from bigdl_lite.model.sums import Metric
 
 
 class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):

@@ -31,6 +31,7 @@ from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.arguments import arguments
 from bigdl_lite.ml.head import Head, Heads, cut, head_from_rows
 from bigdl_lite.model.layout import Blueprint, write_buffers
+from bigdl_lite.model.replica import filled
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,13 @@ def forward(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -
     """
     k = len(inputs[0])
     rows = k + -k % _LANES
-    full = (torch.cat([x, x[-1:].expand(rows - k, *x.shape[1:])]) if rows > k else x for x in inputs)
-    return cut(module(*(x.to(device) for x in full)), k, rows)
+    return cut(module(*(filled(x, _LANES).to(device) for x in inputs)), k, rows)
 
 
 def passes(batch: Batch, size: int) -> Iterator[Batch]:
     """The rows of `batch`, `size` at a time."""
     for at in range(0, batch.rows, size):
-        yield Batch(tuple(x[at : at + size] for x in batch.inputs), None if batch.target is None else batch.target[at : at + size])
+        yield batch.part(at, at + size)
 
 
 def device_of(asked: str) -> torch.device:

@@ -166,79 +166,55 @@ def _named(name: str, average: str | None) -> str:
 
 
 @dataclass(frozen=True)
-class F1:
+class _OfCounts:
+    """average and kind as told by F1; parts: how much of precision and of recall is in the harmonic mean."""
+
+    average: str | None = None
+    kind: str = "plain"
+    ignore: int = -100
+    higher: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    word: ClassVar[str]
+    parts: ClassVar[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        _check_average(self.average)
+
+    @property
+    def name(self) -> str:
+        return _named(self.word, self.average)
+
+    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
+        return _counts(self, output, target, weight)
+
+    def value(self, sums: Tensor) -> float:
+        return _averaged(sums, self.average, self.parts)
+
+
+@dataclass(frozen=True)
+class F1(_OfCounts):
     """The harmonic mean of precision and recall.
 
     average  "binary" (that of class 1), "macro" (the mean over classes), "weighted" (by how often they are there),
              "micro" (of the counts of all classes together); None is binary for two classes and macro for more
     """
 
-    average: str | None = None
-    kind: str = "plain"
-    ignore: int = -100
-    higher: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = KINDS
-
-    def __post_init__(self) -> None:
-        check_kind(self.kind)
-        _check_average(self.average)
-
-    @property
-    def name(self) -> str:
-        return _named("f1", self.average)
-
-    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
-        return _counts(self, output, target, weight)
-
-    def value(self, sums: Tensor) -> float:
-        return _averaged(sums, self.average, (0.5, 0.5))
+    word: ClassVar[str] = "f1"
+    parts: ClassVar[tuple[float, float]] = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
-class Precision:
+class Precision(_OfCounts):
     """Of what is predicted to be a class, the share that is; average as in F1."""
 
-    average: str | None = None
-    kind: str = "plain"
-    ignore: int = -100
-    higher: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = KINDS
-
-    def __post_init__(self) -> None:
-        check_kind(self.kind)
-        _check_average(self.average)
-
-    @property
-    def name(self) -> str:
-        return _named("precision", self.average)
-
-    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
-        return _counts(self, output, target, weight)
-
-    def value(self, sums: Tensor) -> float:
-        return _averaged(sums, self.average, (1.0, 0.0))
+    word: ClassVar[str] = "precision"
+    parts: ClassVar[tuple[float, float]] = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(_OfCounts):
     """Of what is a class, the share that is predicted to be; average as in F1."""
 
-    average: str | None = None
-    kind: str = "plain"
-    ignore: int = -100
-    higher: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = KINDS
-
-    def __post_init__(self) -> None:
-        check_kind(self.kind)
-        _check_average(self.average)
-
-    @property
-    def name(self) -> str:
-        return _named("recall", self.average)
-
-    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
-        return _counts(self, output, target, weight)
-
-    def value(self, sums: Tensor) -> float:
-        return _averaged(sums, self.average, (0.0, 1.0))
+    word: ClassVar[str] = "recall"
+    parts: ClassVar[tuple[float, float]] = (0.0, 1.0)

@@ -69,7 +69,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class HitRatio:
+class HitRatio(TopK):
     """The share of contests that the true candidate ends among the first k.
 
     A row is one contest, not one pair of user and item: output [b, 1 + negatives] holds the scores of its candidates, the
@@ -78,44 +78,20 @@ class HitRatio:
     """
 
     k: int = 10
-    kind: str = "plain"
-    ignore: int = -100
-    higher: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = _SCORES
-
-    def __post_init__(self) -> None:
-        check_kind(self.kind)
-        _require_places(self, self.k, None)
 
     @property
     def name(self) -> str:
         return f"hit_ratio@{self.k}"
 
-    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
-        _require_places(self, self.k, output)
-        scores, labels, weight = labelled(self, output, target, weight)
-        return hits(_place(scores, labels) < self.k, weight)
-
-    def value(self, sums: Tensor) -> float:
-        return ratio(*sums.tolist())
-
 
 @dataclass(frozen=True)
-class NDCG:
+class NDCG(TopK):
     """The mean over contests of 1 / log2(2 + place) where the true candidate is among the first k, else 0; see HitRatio.
 
     Source: He et al., "Neural Collaborative Filtering", WWW 2017: with one true candidate the ideal gain is 1.
     """
 
     k: int = 10
-    kind: str = "plain"
-    ignore: int = -100
-    higher: ClassVar[bool] = True
-    kinds: ClassVar[tuple[str, ...]] = _SCORES
-
-    def __post_init__(self) -> None:
-        check_kind(self.kind)
-        _require_places(self, self.k, None)
 
     @property
     def name(self) -> str:
@@ -126,9 +102,6 @@ class NDCG:
         place = _place(scores, labels)
         gain = 1 / (2 + place.double()).log2()
         return hits(torch.where(place < self.k, gain, 0.0), weight)
-
-    def value(self, sums: Tensor) -> float:
-        return ratio(*sums.tolist())
 
 
 # ---- areas under curves ----------------------------------------------------------------------------------------------

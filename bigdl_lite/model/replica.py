@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from bigdl_lite.errors import RecipeError
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.layout import Blueprint, read_buffers, write_buffers
 from bigdl_lite.model.loss import Each, Loss, check_output, class_rule, rule_of, squeeze, summed, tensors, weight_of
+from bigdl_lite.model.sums import Metric
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALE = 1024.0  # by which gradients are larger while they are of 16 bits with 5 of exponent
@@ -45,12 +46,6 @@ class Compute:
             raise RecipeError(f"accumulation is {self.passes}, must be at least 1")
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision is {self.precision!r}, must be one of {', '.join(map(repr, PRECISIONS))}")
-
-
-class Sums(Protocol):
-    """What a metric is to a replica (see model/metrics.py)."""
-
-    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor: ...
 
 
 class Replica:
@@ -145,7 +140,7 @@ class Replica:
         dtype = PRECISIONS[self.compute.precision]
         return torch.autocast(self.weights.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def measure(self, batch: Batch, metrics: Sequence[Sums], size: int) -> list[Tensor]:
+    def measure(self, batch: Batch, metrics: Sequence[Metric], size: int) -> list[Tensor]:
         """[the loss summed over the rows of `batch`, what it divides by], and the sums of each metric; vectors of float64. The
         losses of a Stack come first, one after the other.
 
@@ -164,7 +159,7 @@ class Replica:
         finally:
             self.module.train()
 
-    def _measured(self, batch: Batch, metrics: Sequence[Sums], counts: bool) -> list[Tensor]:
+    def _measured(self, batch: Batch, metrics: Sequence[Metric], counts: bool) -> list[Tensor]:
         k = batch.rows
         output = first(self.module(*(filled(x, _LANES) for x in batch.inputs)), k)
         check_output(self.loss, output, batch)

@@ -157,35 +157,24 @@ class MSE:
 
 
 @dataclass(frozen=True)
-class RMSE:
+class RMSE(MSE):
     """Root of the mean squared error over all values."""
 
     name: ClassVar[str] = "rmse"
-    higher: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = ("plain", "probability")
-
-    def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
-        p, y, w = _numbers(self.name, output, target, weight)
-        return _mean_of((y - p) ** 2, w)
 
     def value(self, sums: Tensor) -> float:
         return math.sqrt(ratio(*sums.tolist()))
 
 
 @dataclass(frozen=True)
-class MAE:
+class MAE(MSE):
     """Mean absolute error over all values."""
 
     name: ClassVar[str] = "mae"
-    higher: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = ("plain", "probability")
 
     def sums(self, output: Any, target: Tensor, weight: Tensor) -> Tensor:
         p, y, w = _numbers(self.name, output, target, weight)
         return _mean_of((y - p).abs(), w)
-
-    def value(self, sums: Tensor) -> float:
-        return ratio(*sums.tolist())
 
 
 @dataclass(frozen=True)

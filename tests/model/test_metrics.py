@@ -20,7 +20,7 @@ from bigdl_lite.ml import head
 from bigdl_lite.model.classes import F1, Accuracy, Precision, Recall
 from bigdl_lite.model.metrics import METRICS, Metric, metric_of
 from bigdl_lite.model.ranking import AUC, AUCPR, NDCG, HitRatio, TopK
-from bigdl_lite.model.sums import KINDS, MAE, MSE, R2, RMSE, Mean
+from bigdl_lite.model.sums import MAE, MSE, R2, RMSE, Mean
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -343,10 +343,6 @@ def test_a_function_that_returns_no_number_for_each_row_is_refused_with_its_shap
 
 
 # ---- names and kinds -------------------------------------------------------------------------------------------------
-
-
-def test_kinds_are_those_of_the_head() -> None:
-    assert KINDS == head._KINDS
 
 
 def test_every_metric_has_the_name_it_is_found_by() -> None:
