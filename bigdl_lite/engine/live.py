@@ -61,9 +61,9 @@ class Listener:
         lost: Callable[[str], None] = lambda why: None, most: int = _MOST,
     ) -> None:  # fmt: skip
         self._observer, self._keeper, self._lost, self._deadline, self._most = observer, keeper, lost, deadline, most
-        self._one_at_a_time, self._once = threading.Lock(), threading.Lock()
+        self._one_at_a_time, self._once, self._keeping = threading.Lock(), threading.Lock(), threading.Lock()
         self._heard: dict[Link, tuple[int, float]] = {}  # rank, and when it was last heard; inf while it is being served
-        self._closed = threading.Event()
+        self._closed, self._ended = threading.Event(), False
         self._service = Service(host, token, "live", self._hear, "bigdl_lite-live")
         self._watch = threading.Thread(target=self._look_around, name="bigdl_lite-watch", daemon=True)
         self.address = Address(host, self._service.port, token, deadline)
@@ -74,6 +74,8 @@ class Listener:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._closed.set()
+        with self._keeping:
+            self._ended = True
         self._service.close()
 
     def _look_around(self) -> None:
@@ -138,8 +140,10 @@ class Listener:
         if self._keeper is not None:
             while not self._keeper.ready(min(_BUSY, self._deadline / 4)):
                 link.tell({"wait": True}, self._deadline)
-            link.fileno()  # a part of a stage that has ended meanwhile must not mix with those of the next
-            self._keeper(part)
+            with self._keeping:
+                if self._ended:  # meanwhile, and its parts must not mix with those of the next stage
+                    raise PeerLost("the stage has ended")
+                self._keeper(part)
         link.tell({"ok": True}, self._deadline)
 
     def _memory(self, link: Link, nbytes: int, address: str, tag: int) -> Tensor:
