@@ -1,6 +1,6 @@
 """What a step costs on p executors with links of a given rate and delay: what can be counted is counted, the rest is fitted.
 
-    seconds  =  base  +  busy (D + turns (W + compute))  +  wire B / rate  +  late delay
+    seconds  =  turns compute  +  base  +  busy (D + turns W)  +  wire B / rate  +  late delay
 
     p  ranks, one an executor      n  flat weights, b = 4 n bytes      k  owners of slices: p, or 1 where b < 1 MB
     D  processor seconds of the driver in a step     d0 + d1 tasks + d2 (b + R) + d3 S
@@ -89,6 +89,7 @@ class Point:
     seconds  of each step           sent  bytes that all ranks sent in a step, as the engine counts them
     compute  forward and backward of a rank that has a core to itself
     driver_sent, driver_received    bytes on the driver's link in a step, headers included
+    others   cores that were busy with what is neither driver nor executor: the emulated links, and whoever else was there
     """
 
     engine: str
@@ -105,6 +106,7 @@ class Point:
     driver_sent: float
     driver_received: float
     link: str = ""
+    others: float = 0.0
 
     @property
     def median(self) -> float:
@@ -141,7 +143,7 @@ class Model:
         d, w = self.driver, self.worker
         alone = self.engine == "barrier" and p == 1
         return {
-            "compute": busy * turns * compute,
+            "compute": turns * compute,
             "base": base + busy * (d[0] + turns * w[0]),
             "tasks": busy * d[1] * c.tasks,
             "driver's bytes": busy * (d[2] * (4 * n + c.receives) * (c.tasks > 0) + d[3] * c.sends),
@@ -180,16 +182,16 @@ def fit(points: Sequence[Point], without: Sequence[str] = ()) -> Model:
         d = (0.0,) * 4  # the driver hears of a step, and nobody waits for it
     columns = []
     for x, c in zip(points, counts, strict=True):
-        made = Model(engine, d, w, (0.0, 1.0, 0.0, 0.0)).at(x)
+        made = Model(engine, d, w, (0.0, 1.0, 0.0, 0.0)).at(x) - x.turns * x.compute
         columns.append([float(t not in without) * v for t, v in zip(TERMS, (1.0, made, c.wire / x.rate, x.delay), strict=True)])
-    return Model(engine, d, w, _solved(columns, [x.median for x in points]))
+    return Model(engine, d, w, _solved(columns, [x.median - x.turns * x.compute for x in points], [x.median for x in points]))
 
 
-def _solved(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
-    """Coefficients not below 0 with the least sum of squares of relative errors."""
+def _solved(rows: Sequence[Sequence[float]], values: Sequence[float], of: Sequence[float] | None = None) -> tuple[float, ...]:
+    """Coefficients not below 0 with the least sum of squares of errors, each relative to `of` (None: the values themselves)."""
     y = np.array(values)
-    least = max(y.max() * 1e-3, 1e-9)
-    weights = 1 / np.maximum(y, least)
+    size = y if of is None else np.array(of)
+    weights = 1 / np.maximum(size, max(size.max() * 1e-3, 1e-9))
     a = np.array(rows) * weights[:, None]
     scale = np.where((found := np.abs(a).max(0)) > 0, found, 1.0)  # bytes and seconds in one system
     x, _ = nnls(a / scale, y * weights)

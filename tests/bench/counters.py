@@ -33,8 +33,12 @@ class Count:
         return Count(self.cpu / steps, int(self.sent / steps), int(self.received / steps))
 
 
-def counted() -> tuple[Count, Count]:
-    """The host of this process, and the sum over the hosts of executors."""
+def counted() -> tuple[Count, Count, float]:
+    """The host of this process; the sum over the hosts of executors; processor seconds of all else that this machine does.
+
+    All else is other people's work, the network that is emulated, and what the kernel does for no process.
+    """
+    busy = _busy()
     mine, here = os.stat("/proc/self/ns/net").st_ino, {}
     executors = set()
     for pid, space, command in _processes():
@@ -48,7 +52,14 @@ def counted() -> tuple[Count, Count]:
         except OSError:  # it has just ended
             continue
         here[space] = found if before is None else before + found
-    return here[mine], sum((here[space] for space in executors - {mine}), Count())
+    others = sum((here[space] for space in executors - {mine}), Count())
+    return here[mine], others, busy - here[mine].cpu - others.cpu
+
+
+def _busy() -> float:
+    """Processor seconds of this machine that were not idle, those that its host took from it included."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / _TICKS
 
 
 def _processes() -> Iterator[tuple[str, int, str]]:
