@@ -6,7 +6,8 @@
     D  processor seconds of the driver in a step     d0 + d1 tasks + d2 (b + R) + d3 S
     W  those of one executor, without compute        w0 + w1 messages + w2 bytes
     B  bytes that pass the busiest link, phase after phase
-    turns   1 where every host has processors of its own; max(1, p / C) where all p hosts share C cores
+    turns   1 where every host has processors of its own; max(1, p / C) where all p hosts share C cores, of which those count that
+            nobody else kept busy meanwhile
 
     counted in a step        barrier (nodes of one rank)           shuffle (values through Spark)
     tasks                    0: one stage for the whole fit        p, and k of the second stage where k > 1
@@ -113,8 +114,13 @@ class Point:
         return float(np.median(self.seconds))
 
     @property
+    def left(self) -> float:
+        """Cores that nobody else kept busy."""
+        return max(0.25, self.cores - self.others)
+
+    @property
     def turns(self) -> float:
-        return max(1.0, self.p / self.cores)
+        return max(1.0, self.p / self.left)
 
     @staticmethod
     def load(told: dict[str, Any]) -> Point:
@@ -138,19 +144,18 @@ class Model:
 
         One rank has nobody to exchange with, which is the barrier engine's alone: through Spark it still goes.
         """
-        c, turns = count(self.engine, p, n), max(1.0, p / cores)
+        c, turns, own = count(self.engine, p, n), max(1.0, p / cores), max(1.0, 1 / cores)
         base, busy, wire, late = self.clock
         d, w = self.driver, self.worker
-        alone = self.engine == "barrier" and p == 1
         return {
             "compute": turns * compute,
-            "base": base + busy * (d[0] + turns * w[0]),
-            "tasks": busy * d[1] * c.tasks,
-            "driver's bytes": busy * (d[2] * (4 * n + c.receives) * (c.tasks > 0) + d[3] * c.sends),
+            "base": base + busy * (own * d[0] + turns * w[0]),
+            "tasks": busy * own * d[1] * c.tasks,
+            "driver's bytes": busy * own * (d[2] * (4 * n + c.receives) * (c.tasks > 0) + d[3] * c.sends),
             "messages": busy * turns * w[1] * c.messages,
             "executors' bytes": busy * turns * w[2] * c.nbytes,
             "wire": wire * c.wire / rate,
-            "latency": 0.0 if alone else late * delay,
+            "latency": late * delay * (p > 1 or self.engine == "shuffle"),
         }
 
     def seconds(self, *where: float, **more: float) -> float:
@@ -158,7 +163,7 @@ class Model:
 
     def at(self, point: Point) -> float:
         """The predicted seconds of a step of this point; its compute is taken as measured."""
-        return self.seconds(point.p, point.n, point.compute, point.rate, point.delay, cores=point.cores)
+        return self.seconds(point.p, point.n, point.compute, point.rate, point.delay, cores=point.left)
 
     def without(self, term: str) -> Model:
         at = TERMS.index(term)

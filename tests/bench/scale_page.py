@@ -49,14 +49,22 @@ def strong(model: Model, p: int, n: float, rate: float, delay: float) -> float:
 
 
 def least_compute(model: Model, few: int, many: int, times: float, n: float, rate: float, delay: float) -> float:
-    """Seconds of compute a step, of each executor, from which on `many` have `times` the throughput of `few`; by bisection."""
+    """Seconds of compute a step, of each executor, from which on `many` have `times` the throughput of `few`; by bisection.
+
+    0 where that is so without any compute.  Raises ValueError where no compute is enough.
+    """
     if times >= many / few:
         raise ValueError(f"from {few} to {many} executors the throughput grows {many / few:g} times at most, not {times:g}")
+
+    def reached(compute: float) -> bool:
+        return many / few * model.seconds(few, n, compute, rate, delay) / model.seconds(many, n, compute, rate, delay) >= times
+
     low, high = 0.0, 1e6
-    for _ in range(200):
-        compute = (low + high) / 2
-        reached = many / few * model.seconds(few, n, compute, rate, delay) / model.seconds(many, n, compute, rate, delay) >= times
-        low, high = (low, compute) if reached else (compute, high)
+    if reached(low):
+        return 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
     return high
 
 
@@ -152,7 +160,7 @@ def _bigdl(fitted: Mapping[str, Model]) -> str:
         for network, where in NETWORKS.items():
             n = SIZES["7 M (Inception v1)"]
             least, share = least_compute(model, few, many, times, n, *where), overhead(model, BIGDL_NODES, n, *where) / BIGDL_SYNC
-            lines.append([engine, network, f"{number(least)} s", f"{number(share)} s"])
+            lines.append([engine, network, f"{number(least)} s" if least else "any", f"{number(share)} s"])
     return _table(
         ["engine", "network", f"{times} times from {few} to {many} nodes", f"sync < {BIGDL_SYNC:.0%} at {BIGDL_NODES} nodes"], lines
     )

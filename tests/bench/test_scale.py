@@ -162,7 +162,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
 
 def test_the_least_compute_gives_the_speedup_and_less_does_not() -> None:
-    model, where = TRUE["barrier"], (25e6, 1.25e9, 2e-4)
+    model, where = TRUE["shuffle"], (7e6, 1.25e9, 2e-4)
     least = least_compute(model, 16, 96, 5.3, *where)
     assert 0 < least < math.inf
 
@@ -170,4 +170,11 @@ def test_the_least_compute_gives_the_speedup_and_less_does_not() -> None:
         return 6 * model.seconds(16, where[0], compute, *where[1:]) / model.seconds(96, where[0], compute, *where[1:])
 
     assert speedup(1.01 * least) > 5.3 > speedup(0.99 * least)
-    assert typical(errors(model, made("barrier"))) < 1e-9
+    assert least_compute(TRUE["barrier"], 16, 96, 1.5, *where) == 0
+    with pytest.raises(ValueError, match="6 times at most, not 7"):
+        least_compute(model, 16, 96, 7, *where)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_has_no_errors_on_points_that_it_made(engine: str) -> None:
+    assert typical(errors(TRUE[engine], made(engine))) < 1e-9
