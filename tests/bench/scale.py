@@ -90,9 +90,9 @@ def fit(spark: Any, told: Told) -> Told:
 
 
 def steps_of(engine: str, ranks: int, n: int, rate: float) -> int:
-    """About four seconds of steps, at least three."""
+    """About three seconds of steps, at least three."""
     guess = count(engine, ranks, n).wire / rate + (0.004 * ranks if engine == "barrier" else 0.08 + 0.04 * ranks) + n * ranks * 2e-8
-    return max(3, min(150, int((4 if engine == "shuffle" else 5) / guess)))
+    return max(3, min(800, int(3.5 / guess)))
 
 
 def measured(program: Program, hosts: Hosts, name: str, quick: bool = False) -> Iterator[Point]:
