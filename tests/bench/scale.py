@@ -10,7 +10,7 @@ each host's processes do is counted by the kernel (counters.py) and taken p / co
 
     python -m tests.bench scale --out FOLDER              all links; points.json lies in the folder of --data
     python -m tests.bench.scale points.json LINK ...      adds the points of some links to a file, a few minutes each
-    python -m tests.bench.scale_page                      tables and pictures of the guide out of its scale.json
+    python -m tests.bench.scale_page                      the guide's tables, and with scale_plot its pictures, out of scale.json
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tables and pictures of the guide's page on scale, out of measured points: nothing is measured here.
+"""Tables of the guide's page on scale, out of measured points: nothing is measured here.
 
-    python -m tests.bench.scale_page       from examples/guide/scale.json: the tables of scale.md, and its pictures
+    python -m tests.bench.scale_page && python -m tests.bench.scale_plot      from examples/guide/scale.json to scale.md
 
 What is predicted here is predicted for hosts that have processors of their own, as fast as those that were measured on.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tests.bench import costs
 from tests.bench.costs import ENGINES, Model, Point
@@ -18,7 +17,6 @@ from tests.bench.scale import checked, load, split
 
 GUIDE = Path(__file__).resolve().parents[2] / "examples" / "guide"
 POINTS = GUIDE / "scale.json"
-FIGURES = ("scale_check.png", "scale_weak.png", "scale_strong.png", "scale_parts.png", "scale_bigdl.png")
 EXECUTORS = (16, 32, 64, 128, 256, 512, 1024)
 SIZES = {"0.06 M (LeNet)": 6.2e4, "7 M (Inception v1)": 7e6, "25 M (ResNet-50)": 2.5e7, "100 M": 1e8}
 NETWORKS = {"1 GbE, 0.5 ms": (1.25e8, 5e-4), "10 GbE, 0.2 ms": (1.25e9, 2e-4), "25 GbE, 0.1 ms": (3.125e9, 1e-4)}
@@ -26,11 +24,6 @@ USUAL = "10 GbE, 0.2 ms"
 WEAK_COMPUTE, STRONG_COMPUTE = 1.0, 256.0  # seconds of a step: of each executor; of all together
 BIGDL = (16, 96, 5.3)  # from so many nodes to so many: how many times the throughput
 BIGDL_SYNC, BIGDL_NODES = 0.07, 32
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
-_PARTS = {
-    "compute": "#b8c4d6", "base": "#8c8c8c", "tasks": "#c44e52", "driver's bytes": "#8172b2", "messages": "#dd8452",
-    "executors' bytes": "#ccb974", "wire": "#4c72b0", "latency": "#55a868",
-}  # fmt: skip
 
 
 def models(points: Sequence[Point]) -> dict[str, Model]:
@@ -88,8 +81,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def tables(points: Sequence[Point]) -> dict[str, str]:
     fitted = models(points)
     return {
-        "measured": _measured(points), "errors": _errors(points), "coefficients": _coefficients(fitted),
-        "overheads": _overheads(fitted), "bigdl": _bigdl(fitted),
+        "measured": _measured(points), "errors": _errors(points), "coefficients": _coefficients(fitted), "ways": _ways(fitted),
+        "counted": _counted(points), "overheads": _overheads(fitted), "breaks": _breaks(fitted), "bigdl": _bigdl(fitted),
     }  # fmt: skip
 
 
@@ -142,6 +135,64 @@ def _coefficients(fitted: Mapping[str, Model]) -> str:
     return _table(["coefficient", *ENGINES], lines)
 
 
+def _counted(points: Sequence[Point]) -> str:
+    """Bytes on the driver's link, as the kernel counts them, over those of the formulas."""
+    ranks = sorted({x.p for x in points})
+    lines = []
+    for n in sorted({x.n for x in points}):
+        here = {p: [x for x in points if (x.engine, x.n, x.p) == ("shuffle", n, p)] for p in ranks}
+        for way, ratio in (("sent", _sent), ("received", _received)):
+            lines.append([f"{n / 1e6:.2g} M, {way}", *(_range([ratio(x) for x in here[p]]) for p in ranks)])
+    return _table(["counted / formula", *(f"{p} ranks" for p in ranks)], lines)
+
+
+def _sent(x: Point) -> float:
+    return x.driver_sent / costs.count(x.engine, x.p, x.n).sends
+
+
+def _received(x: Point) -> float:
+    return x.driver_received / costs.count(x.engine, x.p, x.n).receives
+
+
+def _range(found: Sequence[float]) -> str:
+    return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
+
+
+def _breaks(fitted: Mapping[str, Model]) -> str:
+    """From how many executors on half of the work is lost, how many are the most of use, and what is then the largest part."""
+    at = [2**k for k in range(1, 17)]
+    lines = []
+    for engine, model in fitted.items():
+        for size, n in SIZES.items():
+            where = n, *NETWORKS[USUAL]
+            half = next((p for p in at if overhead(model, p, *where) >= WEAK_COMPUTE), None)
+            best = max(at, key=lambda p, model=model, where=where: strong(model, p, *where))
+            told = f"{half:,}: {dominant(model, half, *where)}" if half else f"not up to {at[-1]:,}"
+            gain = f"{best:,}: {number(strong(model, best, *where))} times, then {dominant(model, best, *where)}"
+            lines.append([engine, size, told, gain])
+    lost = f"half is lost from (weak, {WEAK_COMPUTE:g} s)"
+    return _table(["engine", "values", lost, f"the most that helps (strong, {STRONG_COMPUTE:g} s shared)"], lines)
+
+
+def _ways(fitted: Mapping[str, Model]) -> str:
+    """The share of linear throughput of 7 M values on USUAL, with WEAK_COMPUTE a step, and what changes it."""
+    n, where = SIZES["7 M (Inception v1)"], NETWORKS[USUAL]
+
+    def share(model: Model, p: int, every: int = 1) -> str:
+        compute = every * WEAK_COMPUTE
+        return f"{100 * compute / model.seconds(p, n, compute, *where):.0f} %"
+
+    ways: dict[str, Callable[[Model, int], str]] = {
+        "as it is, one core an executor": share,
+        "`local_sgd(8)`": lambda model, p: share(model, p, every=8),
+        "one task of 8 threads instead of 8 tasks": lambda model, p: share(model, p // 8),
+        "both": lambda model, p: share(model, p // 8, every=8),
+    }
+    cores = (128, 1024)
+    head = ["share of linear", *(f"{engine}, {p:,} cores" for engine in fitted for p in cores)]
+    return _table(head, [[name, *(of(model, p) for model in fitted.values() for p in cores)] for name, of in ways.items()])
+
+
 def _overheads(fitted: Mapping[str, Model]) -> str:
     """Seconds of a step beside compute, and the part that is the largest."""
     lines = []
@@ -166,142 +217,7 @@ def _bigdl(fitted: Mapping[str, Model]) -> str:
     )
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def draw(points: Sequence[Point], folder: Path) -> None:
-    fitted = models(points)
-    _draw_check(points, folder / "scale_check.png")
-    _draw_growth(fitted, weak, f"weak scaling, {WEAK_COMPUTE:g} s of compute a step on each executor", folder / "scale_weak.png")
-    _draw_growth(fitted, strong, f"strong scaling, {STRONG_COMPUTE:g} s of compute a step, shared", folder / "scale_strong.png")
-    _draw_parts(fitted, folder / "scale_parts.png")
-    _draw_bigdl(fitted, folder / "scale_bigdl.png")
-
-
-def _plot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _ticks(ax: Any, at: Sequence[float]) -> None:
-    ax.set_xticks(at, [f"{x:,g}" for x in at])
-    ax.minorticks_off()
-
-
-def _draw_check(points: Sequence[Point], path: Path) -> None:
-    """Predicted against measured seconds, both engines; what was fitted is hollow."""
-    plt = _plot()
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for ax, engine in zip(axes, ENGINES, strict=True):
-        mine = [x for x in points if x.engine == engine]
-        groups = split(mine)
-        model = costs.fit(groups["fitted"])
-        ends = [0.7 * min(x.median for x in mine), 1.4 * max(x.median for x in mine)]
-        ax.plot(ends, ends, color="black", linewidth=1)
-        ax.fill_between(ends, [0.75 * x for x in ends], [1.25 * x for x in ends], color="#999999", alpha=0.2, label="within 25 %")
-        for (name, group), colour in zip(groups.items(), ("#8c8c8c", *_COLOURS), strict=False):
-            face = "none" if name == "fitted" else colour
-            label = f"{name} (2 and 4 ranks)" if name == "fitted" else name
-            ax.scatter(
-                [x.median for x in group], [model.at(x) for x in group], s=36, edgecolor=colour, facecolor=face, label=label, zorder=3
-            )
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xlim(ends)
-        ax.set_ylim(ends)
-        ax.set_xlabel("seconds a step, measured")
-        ax.set_title(engine, fontsize=11)
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a step, predicted")
-    axes[1].legend(fontsize=9, frameon=False, loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_growth(fitted: Mapping[str, Model], of: Callable[..., float], title: str, path: Path) -> None:
-    plt = _plot()
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), layout="constrained", sharex=True, sharey=True)
-    for line, (engine, model) in zip(axes, fitted.items(), strict=True):
-        for ax, (network, where) in zip(line, NETWORKS.items(), strict=True):
-            ax.plot(EXECUTORS, EXECUTORS, color="black", linestyle=":", linewidth=1, label="linear")
-            for (size, n), colour in zip(SIZES.items(), _COLOURS, strict=True):
-                ax.plot(
-                    EXECUTORS, [of(model, p, n, *where) for p in EXECUTORS], "o-", markersize=3, linewidth=1.6, color=colour, label=size
-                )
-            ax.set_xscale("log")
-            ax.set_yscale("log")
-            _ticks(ax, EXECUTORS[::2])
-            ax.set_title(f"{engine}, {network}", fontsize=10)
-            ax.grid(alpha=0.3)
-    for ax in axes[1]:
-        ax.set_xlabel("executors")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("throughput, in executors")
-        at = [y for y in (0.1, 1, 10, 100, 1000) if ax.get_ylim()[0] <= y <= ax.get_ylim()[1]]
-        ax.set_yticks(at, [f"{y:,g}" for y in at])
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
-    figure.suptitle(f"Predicted: {title}", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_parts(fitted: Mapping[str, Model], path: Path) -> None:
-    """What a step's seconds beside compute are made of, for a small and a middle model."""
-    plt = _plot()
-    sizes = ("0.06 M (LeNet)", "7 M (Inception v1)")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.4), layout="constrained", sharex=True)
-    for line, size in zip(axes, sizes, strict=True):
-        for ax, (engine, model) in zip(line, fitted.items(), strict=True):
-            found = [model.parts(p, SIZES[size], 0.0, *NETWORKS[USUAL]) for p in EXECUTORS]
-            floor = [0.0] * len(EXECUTORS)
-            for name in list(_PARTS)[1:]:
-                heights = [parts[name] for parts in found]
-                ax.bar(range(len(EXECUTORS)), heights, bottom=floor, color=_PARTS[name], label=name, width=0.75)
-                floor = [a + b for a, b in zip(floor, heights, strict=True)]
-            for at, total in enumerate(floor):
-                ax.text(at, total, f"{number(total)} s", ha="center", va="bottom", fontsize=8)
-            ax.set_xticks(range(len(EXECUTORS)), [f"{p:,}" for p in EXECUTORS])
-            ax.set_ylim(0, 1.12 * max(floor))
-            ax.set_title(f"{engine}, {size}, {USUAL}", fontsize=10)
-            ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes[1]:
-        ax.set_xlabel("executors")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("seconds a step beside compute")
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_bigdl(fitted: Mapping[str, Model], path: Path) -> None:
-    plt = _plot()
-    few, many, times = BIGDL
-    at = (16, 24, 32, 48, 64, 96, 128, 192, 256)
-    figure, ax = plt.subplots(figsize=(8, 5.2), layout="constrained")
-    ax.plot(at, [p / few for p in at], color="black", linestyle=":", linewidth=1, label="linear")
-    styles = {1.0: "--", 4.0: "-"}
-    for (engine, model), colour in zip(fitted.items(), _COLOURS, strict=False):
-        for compute, style in styles.items():
-            seconds = {p: model.seconds(p, SIZES["7 M (Inception v1)"], compute, *NETWORKS[USUAL]) for p in at}
-            ax.plot(at, [p / few * seconds[few] / seconds[p] for p in at], style, color=colour,
-                    label=f"{engine}, {compute:g} s of compute a step (predicted)")  # fmt: skip
-    ax.plot([few, many], [1, times], "D", color="#c44e52", markersize=8, label="BigDL (published)", zorder=4)
-    ax.annotate(f"{times}", (many, times), textcoords="offset points", xytext=(8, -12), fontsize=9, color="#c44e52")
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log", base=2)
-    _ticks(ax, at[::2])
-    ax.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-    ax.set_xlabel("nodes")
-    ax.set_ylabel(f"throughput, relative to {few} nodes")
-    ax.set_title(f"7 M values, {USUAL}, weak scaling", fontsize=10)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=9, frameon=False, loc="upper left")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+# ---- the page ---------------------------------------------------------------------------------------------------------
 
 
 def filled(page: str, found: Mapping[str, str]) -> str:
@@ -316,9 +232,8 @@ def filled(page: str, found: Mapping[str, str]) -> str:
 
 
 def main() -> None:
-    points, page = load(POINTS), GUIDE / "scale.md"
-    page.write_text(filled(page.read_text(), tables(points)))
-    draw(points, GUIDE)
+    page = GUIDE / "scale.md"
+    page.write_text(filled(page.read_text(), tables(load(POINTS))))
 
 
 if __name__ == "__main__":
