@@ -12,10 +12,9 @@ import pytest
 from tests.bench import costs
 from tests.bench.costs import ENGINES, TERMS, Model, Point, count, errors, torrent, typical
 from tests.bench.counters import Count, counted
-from tests.bench.scale import LINKS, checked, claims, load, rows, save, split
-from tests.bench.scale_page import POINTS, filled, least_compute, tables
+from tests.bench.scale import LINKS, checked, load, save, split
+from tests.bench.scale_page import filled, least_compute, tables
 from tests.bench.scale_plot import FIGURES, draw
-from tests.conftest import ROOT
 
 TRUE = {
     "barrier": Model("barrier", (0.0,) * 4, (1e-3, 3e-5, 2e-9), (1e-3, 1.0, 1.05, 3.0)),
@@ -40,6 +39,9 @@ def made(engine: str, noise: float = 0.0, links: dict[str, tuple[float, float]] 
                 seconds = truth.seconds(p, n, compute, rate, delay, cores=2)
                 found.append(Point(engine, p, n, rate, delay, 2, (off(seconds),), compute, off(driver), off(worker), 0.0, 0, 0, name))
     return found
+
+
+BOTH = made("barrier") + made("shuffle")
 
 
 # ---- what is counted ---------------------------------------------------------------------------------------------------
@@ -120,33 +122,7 @@ def test_points_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert load(tmp_path / "points.json") == made("shuffle")
 
 
-# ---- what the guide shows ----------------------------------------------------------------------------------------------
-
-
-def test_the_recorded_points_bear_the_claims() -> None:
-    assert [claim for claim in claims(load(POINTS)) if not claim.holds] == []
-    assert len(rows(load(POINTS))) == len(load(POINTS))
-
-
-def test_points_that_the_model_does_not_explain_are_seen() -> None:
-    """Negative control: seconds dealt to other points than theirs."""
-    points = load(POINTS)
-    seconds = [x.seconds for x in points]
-    wrong = [Point.load(x.dump() | {"seconds": seconds[(7 * i + 3) % len(points)]}) for i, x in enumerate(points)]
-    assert not all(claim.holds for claim in claims(wrong))
-
-
-def test_the_driver_sent_and_received_what_the_formulas_say() -> None:
-    """By the kernel's count of its link, with headers and what Spark says beside."""
-    for x in load(POINTS):
-        c = count(x.engine, x.p, x.n)
-        if x.engine == "shuffle" and x.n > 500_000:
-            assert 0.6 < x.driver_sent / c.sends < 1.6 and 0.9 < x.driver_received / c.receives < 1.4, x
-
-
-def test_the_tables_of_the_page_are_those_of_the_points() -> None:
-    page = (ROOT / "examples" / "guide" / "scale.md").read_text()
-    assert filled(page, tables(load(POINTS))) == page, "another table: python -m tests.bench.scale_page"
+# ---- tables and pictures ------------------------------------------------------------------------------------------------
 
 
 def test_a_page_without_a_place_for_a_table_is_seen() -> None:
@@ -155,9 +131,17 @@ def test_a_page_without_a_place_for_a_table_is_seen() -> None:
         filled("<!-- measured -->\n<!-- /measured -->", {"measured": "| x |", "errors": "| y |"})
 
 
+def test_a_page_gets_the_tables_of_its_points_and_no_others() -> None:
+    page = "".join(f"# {name}\n<!-- {name} -->\nan old table\n<!-- /{name} -->\n" for name in tables(BOTH))
+    found = filled(page, tables(BOTH))
+    assert "an old table" not in found and filled(found, tables(BOTH)) == found
+    two = TRUE["barrier"].seconds(2, 1e6, 1e-2, *RATES[str(LINKS["fast"])], cores=2)
+    assert f"| barrier | 1 M | {LINKS['fast']} | {two:.3f} ({two:.3f}) |" in found
+
+
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw(load(POINTS), tmp_path)
+    draw(BOTH, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FIGURES)
 
 
