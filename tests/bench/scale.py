@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("links", nargs="+", choices=LINKS)
     asked = parser.parse_args()
     before = load(asked.points)
-    measure(asked.links, keep=lambda new: save(asked.points, [*before, *new]))
+    measure(asked.links, keep=lambda new: save(asked.points, alone([*before, *new])))
 
 
 if __name__ == "__main__":
