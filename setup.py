@@ -17,6 +17,7 @@ TEST = [
 
 # What callbacks and plots ask for; mlflow itself would pin pyarrow.
 EXTRAS = {
+    "connect": ["pyspark[connect]>=3.5"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
     "images": ["pillow>=10"],
     "onnx": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],

@@ -30,11 +30,12 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from pyspark import BarrierTaskContext, SparkContext
+from pyspark import BarrierTaskContext
 from pyspark.sql import DataFrame
 
 from bigdl_lite.comm.window import Window, pour
 from bigdl_lite.data.arrow import agree, nothing, shares
+from bigdl_lite.engine.cluster import Cluster, cluster_of
 from bigdl_lite.engine.hall import Hall
 from bigdl_lite.engine.keeper import Keeper, Part
 from bigdl_lite.engine.live import Address, Listener, Speaker
@@ -42,7 +43,6 @@ from bigdl_lite.engine.pack import foreign, pack, unpack
 from bigdl_lite.engine.rank import train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shipped import Shipped, mappable
-from bigdl_lite.engine.spark import collect, encrypts, is_elastic, jobs, on_this_machine, slots, stream
 from bigdl_lite.engine.worker import require_versions, settle, versions
 from bigdl_lite.errors import BigDLError, DataError, MeetingTimeout, PeerLost, RecipeError, report, revive
 
@@ -84,19 +84,19 @@ class BarrierEngine:
 
         Raises PeerLost or MeetingTimeout where ranks are lost more often than recipe.recoveries.
         """
-        p, sc = recipe.num_workers, frame.sparkSession.sparkContext
-        if is_elastic(sc) and not on_this_machine(sc):
+        p, cluster = recipe.num_workers, cluster_of(frame.sparkSession)
+        if cluster.elastic and not cluster.beside:
             raise RecipeError(
                 "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
                 "engine='shuffle', or an application with a fixed number of executors"
             )
-        free = slots(frame.sparkSession)
+        free = cluster.slots()
         if p > free:
             raise RecipeError(
                 f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {free} slots: "
                 f"ask for fewer workers, give Spark more cores, or take engine='shuffle'"
             )
-        clear = _may_speak_in_clear(sc, self.allow_clear)
+        clear = _may_speak_in_clear(cluster, self.allow_clear)
         if keep is not None and not clear:
             raise RecipeError(
                 "Spark's encryption is on, and ranks of the barrier engine bring checkpoints to the driver past Spark, in clear: take "
@@ -107,7 +107,7 @@ class BarrierEngine:
         lines = len(keeper.before)
         for losses in range(recipe.recoveries + 1):
             try:
-                outcome = self._stage(frame, recipe, start, observer, keeper if clear else None)
+                outcome = self._stage(cluster, frame, recipe, start, observer, keeper if clear else None)
                 return replace(outcome, history=[*keeper.before[lines:], *outcome.history])
             except (PeerLost, MeetingTimeout) as lost:
                 if losses == recipe.recoveries:
@@ -119,32 +119,31 @@ class BarrierEngine:
                 _LOG.warning("a rank was lost (%s): the stage runs again, from step %d on; loss %d", lost, step, losses + 1)
         raise AssertionError("not reached")
 
-    def _stage(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, keeper: Keeper | None) -> Outcome:
+    def _stage(
+        self, cluster: Cluster, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, keeper: Keeper | None
+    ) -> Outcome:  # fmt: skip
         """One barrier stage from start to end. Raises PeerLost where it ended because a rank was lost."""
-        p, sc = recipe.num_workers, frame.sparkSession.sparkContext
-        host = sc.getConf().get("spark.driver.host", "127.0.0.1") if keeper is not None else None
-        shipped = Shipped.send(sc, start, may_map=self.share_memory)
-        result = mappable(sc, start.weights.nbytes) if self.share_memory else None
+        p = recipe.num_workers
+        host = cluster.host() if keeper is not None else None
+        shipped = Shipped.send(cluster, start, may_map=self.share_memory)
+        result = mappable(cluster, start.weights.nbytes) if self.share_memory else None
         parts = 1 if result else -(-start.weights.nbytes // _PARTITION)
         losses: list[str] = []
         try:
-            with jobs(sc, f"bigdl_lite {recipe.run}: barrier, {p} ranks") as tag:
+            with cluster.jobs(f"bigdl_lite {recipe.run}: barrier, {p} ranks") as tag:
 
                 def lost(why: str) -> None:
                     losses.append(why)
-                    sc.cancelJobsWithTag(tag)  # or Spark would wait for it, or begin again without the last state
+                    cluster.cancel(tag)  # or Spark would wait for it, or begin again without the last state
 
                 with _listen(host, observer, keeper, recipe.deadline, lost) as live:
                     way = _Way(
                         shipped, result.address if result else "", live.address if live else None, self.share_memory,
-                        secrets.token_hex(32), on_this_machine(sc), versions(),
+                        secrets.token_hex(32), cluster.beside, versions(),
                     )  # fmt: skip
                     told = frame.mapInArrow(_task(pack(recipe), way), _SCHEMA, barrier=True)
-                    if parts <= 1:
-                        rows = collect(told).to_pylist()
-                    else:  # a partition at a time, because the driver's JVM may be smaller than the weights
-                        rows = stream(told.repartition(parts, "part"))
-                    return _outcome(rows, recipe, result)
+                    # a partition at a time where the driver's JVM may be smaller than the weights
+                    return _outcome(cluster.rows(told, parts), recipe, result)
         except Exception as error:
             loss = PeerLost(losses[0]) if losses and not isinstance(error, BigDLError) else _loss(error)
             if loss is None:
@@ -168,13 +167,13 @@ def _loss(error: Exception) -> PeerLost | MeetingTimeout | None:
     return kind(found[2] or found[0])
 
 
-def _may_speak_in_clear(sc: SparkContext, allowed: bool) -> bool:
+def _may_speak_in_clear(cluster: Cluster, allowed: bool) -> bool:
     """Whether anything may travel past Spark's encryption; RecipeError where training needs it and may not."""
-    if allowed or not encrypts(sc):
+    if allowed or not cluster.encrypts:
         return True
-    if not on_this_machine(sc):
+    if not cluster.beside:
         raise RecipeError(
-            f"Spark's encryption is on, and ranks of the barrier engine on several machines ({sc.master}) speak to each other "
+            f"Spark's encryption is on, and ranks of the barrier engine on several machines ({cluster.master}) speak to each other "
             "past Spark, authenticated but in clear: take engine='shuffle', or allow it with "
             "engine=BarrierEngine(allow_clear=True)"
         )

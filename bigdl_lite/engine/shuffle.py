@@ -31,10 +31,10 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pyspark import RDD, SparkContext, StorageLevel
+from pyspark import StorageLevel
 from pyspark.sql import DataFrame
 from torch import Tensor
 
@@ -44,6 +44,7 @@ from bigdl_lite.batch import rounds
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.each import told
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
@@ -53,7 +54,7 @@ from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
 from bigdl_lite.engine.routes import SMALL, Blind, Coming, ExchangeRoute, Ground, Route, ShuffleRoute, measured, nothing, window_for
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import in_order, is_classic, jobs, on_this_machine, slots
+from bigdl_lite.engine.spark import in_order, is_classic
 from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
 from bigdl_lite.engine.trigger import Moment
 from bigdl_lite.engine.watch import Judge, best_of, keep_best, shown
@@ -61,6 +62,9 @@ from bigdl_lite.engine.worker import versions
 from bigdl_lite.errors import RecipeError, blamed, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.replica import Replica
+
+if TYPE_CHECKING:
+    from pyspark import RDD, SparkContext
 
 _LOG = logging.getLogger("bigdl_lite")
 
@@ -77,7 +81,7 @@ class ShuffleEngine:
 
     def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keep = forget) -> Outcome:
         """Trains on a frame of recipe.num_workers partitions (see spark.arrange)."""
-        if not is_classic(frame):
+        if not is_classic(frame.sparkSession):
             raise RecipeError("engine='shuffle' needs RDDs, which Spark Connect does not have: take engine='barrier'")
         if any(isinstance(m, SyncBatchNorm) for m in recipe.blueprint.skeleton.modules()):
             raise RecipeError(
@@ -106,11 +110,11 @@ class ShuffleEngine:
                 "hierarchical=True sums in the memory of a node first, and tasks of the shuffle engine do not meet: take "
                 "engine='barrier', or hierarchical=False"
             )
-        sc = frame.sparkSession.sparkContext
-        window = window_for(sc, recipe) if self.share_memory and exchange is None else None
-        if window is None or not on_this_machine(sc):
-            _check_size(sc, start.weights)
-        with jobs(sc, f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
+        cluster = cluster_of(frame.sparkSession)
+        window = window_for(cluster, recipe) if self.share_memory and exchange is None else None
+        if window is None or not cluster.beside:
+            _check_size(frame.sparkSession.sparkContext, start.weights)
+        with cluster.jobs(f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
             return _Rounds(frame, recipe, start, observer, window, keep).run()
 
 
@@ -133,7 +137,7 @@ class _Rounds:
         self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, window: Window | None, keep: Keep
     ) -> None:  # fmt: skip
         self.frame, self.recipe, self.window, self.start, self.keep = frame, recipe, window, start, keep
-        self.sc = frame.sparkSession.sparkContext
+        self.sc, cluster = frame.sparkSession.sparkContext, cluster_of(frame.sparkSession)
         found = recipe.blueprint.layout
         if window is None:
             self.weights = start.weights.clone()
@@ -146,7 +150,7 @@ class _Rounds:
         self.judge = Judge(recipe.watch, sums.get("judge") if sums else None)
         self.observer = observer
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
-        self.free = slots(frame.sparkSession)
+        self.free = cluster.slots()
         self.owners = max(1, min(recipe.num_workers, self.free))
         exchange = recipe.round.exchange
         k = 1 if self.weights.nbytes < SMALL or exchange is not None else self.owners
@@ -162,7 +166,7 @@ class _Rounds:
             self.exchanger = exchange.start(recipe.blueprint, comm)
             if start.resume:
                 put_back(exchange, self.exchanger, start.resume.state, comm)
-        self.shipped = Shipped.send(self.sc, replace(start, weights=start.weights[:0], resume=None), may_map=window is not None)
+        self.shipped = Shipped.send(cluster, replace(start, weights=start.weights[:0], resume=None), may_map=window is not None)
         self.static = self.sc.broadcast(pack(recipe))
 
     def run(self) -> Outcome:

@@ -9,11 +9,12 @@ from pyspark.sql import DataFrame, SparkSession
 
 from bigdl_lite.algorithms import Round
 from bigdl_lite.engine.barrier import BarrierEngine
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.keeper import Keep, forget
 from bigdl_lite.engine.local import LocalEngine
 from bigdl_lite.engine.recipe import Engine, Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shuffle import ShuffleEngine
-from bigdl_lite.engine.spark import encrypts, is_elastic, on_this_machine, shares, slots
+from bigdl_lite.engine.spark import is_classic, shares
 from bigdl_lite.errors import RecipeError
 
 _LOG = logging.getLogger("bigdl_lite")
@@ -37,17 +38,18 @@ def choose(asked: Any, workers: int | None, spark: SparkSession, round_: Round) 
     "auto" takes the barrier engine where that many tasks can run at the same time, executors do not come and go (dynamic
     allocation), and the user did not ask Spark to encrypt what moves between machines; else shuffle.
     """
-    free = slots(spark)
+    cluster = cluster_of(spark)
+    free = cluster.slots()
     p = free if workers is None else workers
     if p < 1:
         raise RecipeError(f"numWorkers is {p}, must be at least 1")
     if not isinstance(asked, str):
         return asked, p
     if asked == "auto":
-        sc = spark.sparkContext
         # what ranks say to one another is not encrypted, and Spark has no barrier where executors come and go
-        fit = on_this_machine(sc) or not (encrypts(sc) or is_elastic(sc))
-        stays = round_.peer is not None or getattr(round_.exchange, "remembers", False)  # each worker has what no other has
+        fit = cluster.beside or not (cluster.encrypts or cluster.elastic)
+        # each worker has what no other has; or there are no RDDs
+        stays = round_.peer is not None or getattr(round_.exchange, "remembers", False) or not is_classic(spark)
         name = "barrier" if (p <= free and fit) or stays else "shuffle"
         _LOG.info("engine=%s: %d workers, %d slots", name, p, free)
         return ENGINES[name](), p

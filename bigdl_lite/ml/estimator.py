@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyspark import RDD
 from pyspark.ml import Estimator
 from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
 from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
@@ -32,6 +31,7 @@ from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Squeezed, rule_of
 from bigdl_lite.wire.codec import Codec
 
 if TYPE_CHECKING:
+    from pyspark import RDD
     from pyspark.ml._typing import ParamMap
 
 

@@ -7,10 +7,9 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pyspark import RDD
 from pyspark.sql import DataFrame
 from torch import nn
 
@@ -25,7 +24,7 @@ from bigdl_lite.engine.arrange import arrange
 from bigdl_lite.engine.local import alone
 from bigdl_lite.engine.pack import check
 from bigdl_lite.engine.recipe import Engine, Outcome, Recipe, Start
-from bigdl_lite.engine.spark import ROW, read_columns, select
+from bigdl_lite.engine.spark import ROW, is_rdd, read_columns, select
 from bigdl_lite.errors import BigDLError, DataError, DivergedError, RecipeError, UserError, report
 from bigdl_lite.ml.engines import choose
 from bigdl_lite.ml.model import TorchModel, model_of
@@ -38,6 +37,9 @@ from bigdl_lite.model.batchnorm import synchronised
 from bigdl_lite.model.layout import Blueprint, blueprint
 from bigdl_lite.model.loss import by_row
 from bigdl_lite.model.replica import Compute, Replica
+
+if TYPE_CHECKING:
+    from pyspark import RDD
 
 _LOG = logging.getLogger("bigdl_lite")
 
@@ -173,7 +175,7 @@ def _columns(estimator: Any, dataset: DataFrame | RDD[Any], plan: Blueprint, los
     """The frame, what is read of it, and the names of the inputs."""
     inputs, label, decoders = estimator._inputs(), estimator.getLabelCol(), estimator.getDecoders()
     names = {name: estimator._given(name) for name in ("weightCol", "validationIndicatorCol")}
-    if isinstance(dataset, RDD):
+    if is_rdd(dataset):
         other = next((name for name, value in names.items() if value), None)
         if other:
             raise RecipeError(f"{other} names a column, and an RDD of (inputs, label) has none: make a DataFrame of it")
@@ -263,5 +265,3 @@ def trying(call: Callable[[], Any], what: str) -> Any:
         raise
     except Exception as error:
         raise UserError(report(error, f"the driver, in {what}")["message"]) from error
-
-
