@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from bigdl_lite import Callback, Raw, TorchClassifier, TorchModel, TorchRegressor
-from bigdl_lite.errors import BigDLError
 
 ROWS = 96
 
@@ -141,7 +140,8 @@ def many_ways_to_score(spark: Any, folder: Path) -> Any:
     running.awaitTermination(60)
     return {
         "transform": scores(model.transform(df), "prediction"), "sql": scores(by_sql, "p"),
-        "stream": scores(spark.table("scored"), "prediction"), "evaluate": model.evaluate(df, ["accuracy", "loss"], loss=nn.CrossEntropyLoss()),
+        "stream": scores(spark.table("scored"), "prediction"),
+        "evaluate": model.evaluate(df, ["accuracy", "loss"], loss=nn.CrossEntropyLoss()),
     }  # fmt: skip
 
 
@@ -280,9 +280,21 @@ def asked_by_doctor(spark: Any, folder: Path) -> Any:
 def _error(case: Any) -> list[str]:
     try:
         case()
-    except BigDLError as error:
+    except Exception as error:
         return [type(error).__name__, str(error)]
     return ["", "no error"]
+
+
+def the_package_in_a_zip(spark: Any, folder: Path) -> Any:
+    """On executors that do not have the package; classes of this module go by value, as those of a notebook do."""
+    from pyspark import cloudpickle
+
+    from bigdl_lite.ml.zip import build
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    without = _error(lambda: classifier(numWorkers=2).fit(table(spark)))
+    spark.addArtifacts(str(build(f"{folder}/bigdl_lite.zip")), pyfile=True)
+    return {"without": without, "weights": weights(classifier(numWorkers=2).fit(table(spark)))}
 
 
 def main(url: str, folder: str) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.cluster import programs
+from tests.cluster.test_submit import bare_python
 from tests.conftest import ROOT
 
 pytest.importorskip("grpc_status", reason="Spark Connect needs pip install 'bigdl_lite[connect]'")
@@ -43,6 +46,7 @@ class Client:
 
     def __init__(self, url: str, folder: Path) -> None:
         folder.mkdir()
+        self.url = url
         self.said = open(folder / "stderr", "w+")
         command = [sys.executable, "-m", "tests.cluster.programs", url, str(folder)]
         pipe = subprocess.PIPE
@@ -79,7 +83,9 @@ class Client:
 
 
 class Server:
-    def __init__(self, master: str, log: Path) -> None:
+    """environment, settings: beside the ones that every server has here."""
+
+    def __init__(self, master: str, log: Path, environment: Mapping[str, str] = {}, **settings: str) -> None:
         import pyspark
 
         from bigdl_lite.engine.session import _java_home, _worker_path
@@ -89,12 +95,12 @@ class Server:
         java = _java_home(with_vector=True)
         environment = {
             **os.environ, "SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": _worker_path(None) or str(ROOT),
-            "SPARK_LOCAL_IP": "127.0.0.1", **({"JAVA_HOME": java} if java else {}),
+            "SPARK_LOCAL_IP": "127.0.0.1", **({"JAVA_HOME": java} if java else {}), **environment,
         }  # fmt: skip
         settings = {
             "spark.connect.grpc.binding.address": "127.0.0.1", "spark.connect.grpc.binding.port": str(self.port),
             "spark.ui.enabled": "false", "spark.python.daemon.module": "bigdl_lite.engine.daemon", "spark.sql.shuffle.partitions": "4",
-            "spark.sql.warehouse.dir": str(log.parent / "warehouse"),
+            "spark.sql.warehouse.dir": str(log.parent / "warehouse"), **settings,
         }  # fmt: skip
         conf = [word for name, value in settings.items() for word in ("--conf", f"{name}={value}")]
         command = [str(home / "bin" / "spark-submit"), "--master", master, "--class", _SERVER, *conf, "spark-internal"]
@@ -120,20 +126,35 @@ class Server:
             self.process.kill()
 
 
-@pytest.fixture(scope="module")
-def connect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+@contextlib.contextmanager
+def client_of(folder: Path, master: str, **more: Any) -> Iterator[Client]:
     if not jars():
         pytest.skip("this pyspark brings no server of Spark Connect (4.0 and later do)")
-    folder = tmp_path_factory.mktemp("connect")
-    server = Server("local[4]", folder / "server.log")
-    try:
+    with contextlib.ExitStack() as stack:
+        server = Server(master, folder / "server.log", **more)
+        stack.callback(server.close)
         client = Client(server.url, folder / "client")
-        try:
-            yield client
-        finally:
-            client.close()
-    finally:
-        server.close()
+        stack.callback(client.close)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def connect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with client_of(tmp_path_factory.mktemp("connect"), "local[4]") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """Executors in processes of their own, whose Python has all libraries and not bigdl_lite."""
+    folder = tmp_path_factory.mktemp("far")
+    python, libraries = bare_python(folder)
+    settings = {
+        "spark.executorEnv.PYTHONPATH": libraries, "spark.executor.memory": "1g", "spark.python.daemon.module": "pyspark.daemon",
+    }  # fmt: skip
+    bare = {"PYSPARK_PYTHON": python, "PYTHONPATH": libraries}
+    with client_of(folder, "local-cluster[2,1,1024]", environment=bare, **settings) as client:
+        yield client
 
 
 def near(a: Any, b: Any, most: float = 1e-5) -> None:
@@ -224,3 +245,19 @@ def test_doctor_says_what_it_can(connect: Client) -> None:
     told = connect(programs.asked_by_doctor)
     assert told["engine"] == "barrier" and "4 workers fit into 4 slots" in told["why"] and not told["failed"]
     assert "Spark Connect to local[4]" in told["text"]
+
+
+@pytest.mark.slow
+def test_the_package_travels_as_an_artifact_to_executors_elsewhere(spark: Any, far: Client, tmp_path: Path) -> None:
+    told = far(programs.the_package_in_a_zip)
+    assert "No module named 'bigdl_lite'" in told["without"][1]  # the control
+    near(told["weights"], programs.full_batches(spark, tmp_path)["weights"])
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_as_it_is(connect: Client) -> None:
+    command, environment = [sys.executable, "examples/quickstart.py"], {**os.environ, "SPARK_REMOTE": connect.url}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = re.search(r"accuracy\D*(0\.\d+)", done.stdout)
+    assert found and float(found[1]) > 0.95

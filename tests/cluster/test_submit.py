@@ -51,23 +51,29 @@ TRAINS = """
 """
 
 
+def bare_python(folder: Path) -> tuple[str, str]:
+    """A Python without bigdl_lite, and a folder for its PYTHONPATH with all other libraries, however they are installed."""
+    libraries = folder / "site"
+    libraries.mkdir()
+    for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(place).iterdir():
+            if "bigdl_lite" not in entry.name and not entry.name.endswith(".pth"):
+                (libraries / entry.name).symlink_to(entry)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages, and what they link to
+    python.chmod(0o755)
+    return str(python), str(libraries)
+
+
 class Cluster:
     """Processes of a standalone cluster, all of them ours and ended by their ids."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, list[subprocess.Popen[bytes]]()
-        libraries = folder / "site"  # all that is installed but bigdl_lite, however it is installed
-        libraries.mkdir()
-        for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-            for entry in Path(place).iterdir():
-                if "bigdl_lite" not in entry.name and not entry.name.endswith(".pth"):
-                    (libraries / entry.name).symlink_to(entry)
-        python = folder / "python"
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages, and what they link to
-        python.chmod(0o755)
+        python, libraries = bare_python(folder)
         java = _java_home(with_vector=int(pyspark.__version__.split(".")[0]) >= 4)
         self.environment = {
-            "PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(libraries), "PYSPARK_PYTHON": str(python),
+            "PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": libraries, "PYSPARK_PYTHON": python,
             "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_EVENTS": str(folder / "events"), "SPARK_WORKER_DIR": str(folder / "work"),
             "SPARK_MASTER_HOST": "127.0.0.1", "SPARK_MASTER_PORT": "0", "SPARK_MASTER_WEBUI_PORT": "0", "SPARK_WORKER_WEBUI_PORT": "0",
             "SPARK_WORKER_CORES": "1", "SPARK_WORKER_MEMORY": "1g", "SPARK_CORES": "2", "SPARK_DAEMON_MEMORY": "256m",
