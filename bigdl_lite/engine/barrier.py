@@ -88,13 +88,13 @@ class BarrierEngine:
         if cluster.elastic and not cluster.beside:
             raise RecipeError(
                 "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
-                "engine='shuffle', or an application with a fixed number of executors"
+                f"{cluster.instead}an application with a fixed number of executors"
             )
         free = cluster.slots()
         if p > free:
             raise RecipeError(
                 f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {free} slots: "
-                f"ask for fewer workers, give Spark more cores, or take engine='shuffle'"
+                f"ask for fewer workers, {cluster.instead}give Spark more cores"
             )
         clear = _may_speak_in_clear(cluster, self.allow_clear)
         if keep is not None and not clear:

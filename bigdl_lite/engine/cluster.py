@@ -51,6 +51,7 @@ class Cluster(Protocol):
     beside    whether all tasks run on the driver's machine (local[...]), and see the memory of this process
     elastic   whether executors come and go by themselves; Spark runs no barrier stage then
     encrypts  whether the user asked Spark to encrypt what it moves or writes
+    instead   of the barrier engine, for messages: "engine='shuffle', or ", where there is that one
     """
 
     key: str
@@ -58,6 +59,7 @@ class Cluster(Protocol):
     beside: bool
     elastic: bool
     encrypts: bool
+    instead: str
 
     def slots(self) -> int:
         """How many tasks can run at once, now."""
@@ -106,6 +108,8 @@ class _Settings:
 
 
 class Classic(_Settings):
+    instead = "engine='shuffle', or "
+
     def __init__(self, session: SparkSession) -> None:
         self._session, self._context = session, session.sparkContext
         self.key, self.master = self._context.applicationId, self._context.master
@@ -147,7 +151,7 @@ class Classic(_Settings):
 class Connect(_Settings):
     """A session of Spark Connect. Its server may be anywhere, so nothing is taken for shared with it: no memory, no disk."""
 
-    beside = False
+    beside, instead = False, ""
 
     def __init__(self, session: SparkSession) -> None:
         self._session = session

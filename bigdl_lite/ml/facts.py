@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import secrets
 import threading
 import time
@@ -24,7 +25,7 @@ from bigdl_lite.comm.door import Service
 from bigdl_lite.comm.link import Link
 from bigdl_lite.comm.window import available
 from bigdl_lite.engine.cluster import cluster_of
-from bigdl_lite.engine.spark import is_classic
+from bigdl_lite.engine.spark import collect, is_classic
 from bigdl_lite.ml.engines import choose
 from bigdl_lite.ml.probe import LABEL, by_value, here, meet
 
@@ -115,15 +116,7 @@ def gather(spark: SparkSession, seconds: float) -> Facts:
         "slots": _try(cluster.slots),
         "engine": _try(lambda: _choice(spark)),
     }
-    if not known["classic"]:
-        return Facts(**known, **dict.fromkeys(_OF_CONTEXT, Unknown("Spark Connect does not tell it")))
-    sc = spark.sparkContext
-    jvm = sc._jvm
-    known |= {
-        "java": _try(lambda: str(jvm.java.lang.System.getProperty("java.version"))),
-        "heap": _try(lambda: int(jvm.java.lang.Runtime.getRuntime().maxMemory())),
-        "most_result": _try(lambda: int(sc._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))),
-    }
+    known |= _of_jvm(spark) if known["classic"] else dict.fromkeys(_OF_JVM, Unknown("Spark Connect does not tell it"))
     facts, token = Facts(**known, ranks=Unknown("no barrier stage was tried")), secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
         door = _try(lambda: stack.enter_context(_door(cluster.host(), token)))
@@ -139,7 +132,17 @@ def gather(spark: SparkSession, seconds: float) -> Facts:
     return facts.but(ranks=met, met_s=time.monotonic() - began)
 
 
-_OF_CONTEXT = ("java", "heap", "most_result", "door", "tasks", "ranks", "met_s")
+_OF_JVM = ("java", "heap", "most_result")
+
+
+def _of_jvm(spark: SparkSession) -> dict[str, Any]:
+    sc = spark.sparkContext
+    jvm = sc._jvm
+    return {
+        "java": _try(lambda: str(jvm.java.lang.System.getProperty("java.version"))),
+        "heap": _try(lambda: int(jvm.java.lang.Runtime.getRuntime().maxMemory())),
+        "most_result": _try(lambda: int(sc._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))),
+    }
 
 
 def _try(ask: Callable[[], Any]) -> Any:
@@ -172,7 +175,7 @@ def _ask(
     spark: SparkSession, what: str, task: Callable[[Iterable[Any]], Iterator[Any]], p: int, until: float, barrier: bool = False
 ) -> list[Any]:
     """What p tasks answer, in a job that is cancelled at `until`. Raises TimeoutError then, or Spark's own error."""
-    seconds, cluster, sc = max(0.1, until - time.monotonic()), cluster_of(spark), spark.sparkContext
+    seconds, cluster = max(0.1, until - time.monotonic()), cluster_of(spark)
     if p < 1:
         raise Unknown("the application has no slot")
     future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
@@ -183,18 +186,18 @@ def _ask(
         try:
             with cluster.jobs(f"bigdl_lite doctor: {what}") as tag:
                 tags.append(tag)
-                rdd: Any = sc.parallelize(range(p), p)
-                told = [] if over.is_set() else (rdd.barrier() if barrier else rdd).mapPartitions(task).collect()
+                told = [] if over.is_set() else _answers(spark, task, p, barrier)
             future.set_result(told)
         except BaseException as error:
             future.set_exception(error)
 
-    thread = InheritableThread(target=run, name="bigdl_lite-doctor", daemon=True)
+    kind: Any = InheritableThread if is_classic(spark) else threading.Thread  # what a thread of Connect inherits is its tags
+    thread = kind(target=run, name="bigdl_lite-doctor", daemon=True)
     thread.start()
     try:
         return future.result(seconds)
     except concurrent.futures.TimeoutError:
-        started = _try(lambda: _started(sc, tags))
+        started = _try(lambda: _started(spark.sparkContext, tags))
         if started == p:
             raise Slow(f"within {seconds:.1f} s the Python workers of {p} tasks did not all start and answer") from None
         some = started if isinstance(started, int) else "not all"  # an older Spark does not tell
@@ -208,6 +211,26 @@ def _ask(
                 with contextlib.suppress(Exception):  # a context that was stopped meanwhile
                     cluster.cancel(tag)
         thread.join(0.2)
+
+
+def _answers(spark: SparkSession, task: Callable[[Iterable[Any]], Iterator[Any]], p: int, barrier: bool) -> list[Any]:
+    if is_classic(spark):
+        rdd: Any = spark.sparkContext.parallelize(range(p), p)
+        return list((rdd.barrier() if barrier else rdd).mapPartitions(task).collect())
+
+    def by_json(batches: Iterator[Any]) -> Iterator[Any]:  # inside, so that it travels by value: executors may lack the package
+        import json
+
+        import pyarrow
+
+        yield pyarrow.RecordBatch.from_pydict({"told": [json.dumps(told) for told in task(batches)]})
+
+    told = collect(spark.range(0, p, 1, p).mapInArrow(by_json, "told string", barrier=barrier)).column("told").to_pylist()
+    answers = [json.loads(line) for line in told]
+    for answer in answers:
+        if "unreached" in answer:  # names in JSON are text
+            answer["unreached"] = {int(rank): why for rank, why in answer["unreached"].items()}
+    return answers
 
 
 def _started(sc: SparkContext, tags: Iterable[str]) -> int:

@@ -272,7 +272,7 @@ class Slow(nn.Module):
 def asked_by_doctor(spark: Any, folder: Path) -> Any:
     from bigdl_lite import doctor
 
-    found = doctor(spark)
+    found = doctor(spark, deadline=60)  # a server that has just started has no worker yet
     failed = [check.name for check in found.checks if check.status == "fail"]
     return {"engine": found.engine, "why": found.why, "text": repr(found), "failed": failed}
 

@@ -243,7 +243,9 @@ def test_an_interrupted_fit_ends_soon_and_the_next_one_is_as_ever(spark: Any, co
 
 def test_doctor_says_what_it_can(connect: Client) -> None:
     told = connect(programs.asked_by_doctor)
-    assert told["engine"] == "barrier" and "4 workers fit into 4 slots" in told["why"] and not told["failed"]
+    assert told["engine"] == "barrier" and "4 workers fit into 4 slots" in told["why"], told["text"]
+    assert not told["failed"], told["text"]
+    assert "4 slots in 1 executor on 1 host" in told["text"]
     assert "Spark Connect to local[4]" in told["text"]
 
 
