@@ -16,6 +16,7 @@ import contextlib
 import os
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from bigdl_lite.engine.spark import collect, is_classic, slots
+from bigdl_lite.engine.spark import SPARK_ERRORS, collect, is_classic, slots
 from bigdl_lite.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _ENCRYPTION = (
     "spark.io.encryption.enabled", "spark.network.crypto.enabled", "spark.authenticate.enableSaslEncryption", "spark.ssl.rpc.enabled",
 )  # fmt: skip
+_FRESH = 10.0  # seconds
+_COUNTED: dict[str, tuple[float, int]] = {}  # slots of a session of Connect, and when; a fit asks twice
 _INLINE = 1 << 20  # bytes that travel with a function; a server takes messages of 128 MB, and gets them again with every plan
 
 
@@ -158,13 +161,20 @@ class Connect(_Settings):
         self.key, self.master = session.session_id, self.setting("spark.master", "Spark Connect")
 
     def slots(self) -> int:
-        """spark.default.parallelism counts, where it is set: a session of Connect is told of no executor."""
-        with self.jobs("bigdl_lite: slots"):
-            told = collect(self._session.range(1).mapInArrow(_cpus, "cpus int")).column("cpus").to_pylist()
-        return len(told) // max(told)
+        """As counted in the last ten seconds. spark.default.parallelism counts, where it is set: Connect tells of no executor."""
+        counted = _COUNTED.get(self.key)
+        if counted is None or time.monotonic() - counted[0] > _FRESH:
+            with self.jobs("bigdl_lite: slots"):
+                told = collect(self._session.range(1).mapInArrow(_cpus, "cpus int")).column("cpus").to_pylist()
+            _COUNTED.clear()
+            _COUNTED[self.key] = counted = time.monotonic(), len(told) // max(told)
+        return counted[1]
 
     def setting(self, name: str, default: str) -> str:
-        return self._session.conf.get(name, default) or default
+        try:
+            return self._session.conf.get(name, default) or default
+        except SPARK_ERRORS:  # a server may keep its settings to itself
+            return default
 
     def host(self) -> str:
         """That of the network which leads to the server."""
