@@ -30,7 +30,9 @@ FLOORS = {
 GROUND_FILES = {"vector", "batch", "errors"}  # they share one folder: the package's own
 
 # the files (or folders, with a slash) through which an outside library may be reached
-_WITH_SPARK = ("spark", "arrange", "direct", "barrier", "hall", "shuffle", "routes", "shipped", "pack", "session", "daemon", "worker")
+_WITH_SPARK = (
+    "spark", "arrange", "direct", "barrier", "hall", "shuffle", "routes", "shipped", "pack", "profile", "session", "daemon", "worker",
+)  # fmt: skip
 SPARK = {f"engine/{name}.py" for name in _WITH_SPARK} | {"ml/", "features/", "testing/skew.py"}
 DOORS = {
     "pyspark": SPARK,
