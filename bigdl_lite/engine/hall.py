@@ -77,12 +77,15 @@ class Hall:
         if self.device != CPU and self.choice.meeting == "memory":
             self.staging = Staging(block, self.device)
         device = self.device if self.choice.meeting == "nccl" and self.device != CPU else None  # else what travels lies on the CPU
-        q, ip = len(nodes[place.node]), socket.gethostbyname(self.host)
+        q = len(nodes[place.node])
         if device is not None and q > 1:
             self._open(everyone[0])
+            assert self.store is not None
+            ip = socket.gethostbyname(self.host)
             near = Group(self.store, f"near{place.node}", place.local, q, ip, device)
         if len(nodes) > 1:
             assert self.store is not None
+            ip = socket.gethostbyname(self.host)
             exchange, reach = recipe.round.exchange, (self.store, ip)
             if place.local < (place.rails if exchange is None else 1):
                 rail = Group(self.store, f"rail{place.local}", place.node, len(nodes), ip, device)

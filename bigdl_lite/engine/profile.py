@@ -47,6 +47,8 @@ def slots_of(spark: SparkSession, profile: ResourceProfile | None) -> int:
 
 def in_words(spark: SparkSession, profile: ResourceProfile | None, free: int) -> str:
     """The slots in words, with what a task of them has."""
+    if profile is None and not hasattr(spark, "_jsparkSession"):  # Spark Connect does not tell
+        return f"{free} slots"
     sc = spark.sparkContext
     found = sc._jsc.sc().resourceProfileManager().defaultResourceProfile() if profile is None else _registered(sc, profile)
     gpus = found.taskResourcesJMap().get(GPU)

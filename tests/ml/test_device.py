@@ -10,8 +10,8 @@ from pyspark.sql import functions as F
 from torch import nn
 
 from bigdl_lite import TorchEstimator
-from bigdl_lite.errors import RecipeError
 from bigdl_lite.engine import device
+from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml import score
 from tests.conftest import frame, mlp, problem
 
