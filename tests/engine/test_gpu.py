@@ -24,8 +24,11 @@ from bigdl_lite.comm.block import Block, Size, private
 from bigdl_lite.comm.group import Group, Store
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.engine import device as device_module
+from bigdl_lite.engine import tasks
+from bigdl_lite.engine.cache import forget, gradient_of, replica_of
 from bigdl_lite.engine.device import CPU, Choice, Given, Noting, Staging, current, decide, index_of, look, task_device
 from bigdl_lite.engine.meeting import Meeting, Place
+from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.rank import block_size, train
 from bigdl_lite.engine.recipe import Outcome, Recipe, Start, silent
 from bigdl_lite.errors import RecipeError
@@ -362,3 +365,36 @@ def test_what_nccl_is_asked_for_gives_the_same_sums(monkeypatch: pytest.MonkeyPa
         assert all(torch.equal(x, vector(r, k)) for r, (x, k) in enumerate(zip(out, (4, 0, 7), strict=True)))
 
 
+
+
+# ---- tasks of the shuffle engine ----------------------------------------------------------------------------------------
+
+
+def test_a_worker_whose_next_task_has_another_gpu_has_another_replica_there(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device follows the address, task by task; the update is the same, and leaves on the CPU. "cpu:0" stands for the GPUs."""
+    made, start = recipe(net(), 2, partial(SGD, lr=0.1))
+    monkeypatch.setattr(tasks, "share_of", lambda run, rank, key, rows: shares(2)[rank])
+    shipped = SimpleNamespace(read=lambda: start)
+    now = Order(made.run, (5, 36), ((0, len(start.weights)),), round=0, epoch=0, first=(0, 0), batches=((4,), (6,)))
+
+    def update(device: torch.device) -> Tensor:
+        replica = replica_of(made, shipped, device)
+        found, _ = tasks._on_cpu(*tasks.local_work(
+            1, made, replica, lambda: (start.weights, start.buffers), lambda: gradient_of(made, "gradient", device), now
+        ))  # fmt: skip
+        assert found is not None and found.vector.device == CPU
+        return found.vector.clone()
+
+    try:
+        one, other = update(CPU), update(torch.device("cpu:0"))
+        assert torch.equal(one, other) and bool(one.any())
+        assert replica_of(made, shipped, CPU) is replica_of(made, shipped, CPU) is not replica_of(made, shipped, torch.device("cpu:0"))
+    finally:
+        forget(made.run)
+    cuda(2)
+    for address in ("1", "0"):
+        monkeypatch.setattr(tasks, "gpus", lambda address=address: (address,))
+        assert tasks.device_of("cuda", 0) == torch.device("cuda", int(address)) and tasks.device_of("cpu", 0) == CPU
+    cuda(0)
+    with pytest.raises(RecipeError, match="this task was given GPU 0, but torch"):
+        tasks.device_of("cuda", 0)
