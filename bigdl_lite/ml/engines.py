@@ -47,10 +47,12 @@ def choose(
             if asked == "local" else
             f"resourceProfile is given beside an engine object: {type(asked).__name__}(profile=...) takes it"
         )  # fmt: skip
+    if not isinstance(asked, str):
+        profile = getattr(asked, "profile", None)
     free = slots_of(spark, profile)
     if workers is None and not free:
         raise RecipeError(
-            f"there is {in_words(spark, profile, free)} now, and so no number of workers: give numWorkers, or wait for executors "
+            f"there are {in_words(spark, profile, free)} now, and so no number of workers: give numWorkers, or wait for executors "
             "(those of a resourceProfile are started when it is used)"
         )
     p = free if workers is None else workers

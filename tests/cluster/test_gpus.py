@@ -23,6 +23,7 @@ pytestmark = [
 # a cluster whose executors claim GPUs; fit() says what a fit did, and which task had what
 HEAD = """
 import logging, stat
+from bigdl_lite.engine.barrier import BarrierEngine
 from bigdl_lite.engine.profile import slots_of
 from pyspark import TaskContext
 from pyspark.resource import ExecutorResourceRequests, ResourceProfileBuilder, TaskResourceRequests
@@ -188,6 +189,7 @@ def test_an_estimator_asks_for_gpus_that_the_applications_tasks_do_not(run):
         "slots": [slots_of(spark, x) for x in (None, one, wide)],
         "plain": fit(df, engine="barrier", numWorkers=2)[1],
         "barrier": fit(df, engine="barrier", resourceProfile=one)[1], "shuffle": fit(df, engine="shuffle", resourceProfile=one)[1],
+        "object": fit(df, engine=BarrierEngine(profile=one))[1], "twice": fit(df, engine=BarrierEngine(), resourceProfile=one)[1],
         "wide": fit(df, resourceProfile=wide)[1], "many": fit(df, engine="barrier", resourceProfile=one, numWorkers=5)[1],
         "cuda": fit(df, device="cuda")[1], "local": fit(df, engine="local", resourceProfile=one)[1],
         "started": fit(df, resourceProfile=started)[1], "nothing": fit(df, resourceProfile=3)[1]}))
@@ -196,6 +198,7 @@ def test_an_estimator_asks_for_gpus_that_the_applications_tasks_do_not(run):
     assert not found["plain"]["error"] and all(len(task) == 2 for task in found["plain"]["tasks"]) and not found["plain"]["lines"]
     assert found["barrier"]["shares"] == found["shuffle"]["shares"] == 4 and by_executor(found["barrier"]) == [["0", "1"], ["0", "1"]]
     assert all(len(task) == 3 for task in found["shuffle"]["tasks"]) and len(found["shuffle"]["lines"]) == 1
+    assert found["object"]["shares"] == 4 and "BarrierEngine(profile=...) takes it" in found["twice"]["error"]
     assert found["wide"]["shares"] == 2 and len({executor for executor, *_ in found["wide"]["tasks"]}) == 2
     assert "has 4 slots (tasks of 1 GPU)" in found["many"]["error"]
     assert found["cuda"]["error"].startswith("RecipeError: device is 'cuda', and 4 ranks") and "was given GPU" in found["cuda"]["error"]
