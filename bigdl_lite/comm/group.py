@@ -33,6 +33,11 @@ from bigdl_lite.comm.link import TENSOR, Link, exchange
 from bigdl_lite.errors import BigDLError, MeetingTimeout, PeerLost, RecipeError, WireError
 
 
+def has_nccl() -> bool:
+    """Whether a Group of this process may be of GPUs."""
+    return dist.is_nccl_available()
+
+
 class Store:
     """Small facts that ranks tell one another before they can meet: key -> bytes, with a deadline on every read.
 

@@ -27,10 +27,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from bigdl_lite.comm.block import Block
+from bigdl_lite.comm.group import has_nccl
 from bigdl_lite.engine.recipe import Event, Observer
 from bigdl_lite.errors import RecipeError
 
@@ -98,7 +98,7 @@ def look(addresses: Sequence[str], asked: str, host: str = "") -> Given:
     told = Given(host, addresses[0] if addresses else "")
     if why := _unusable():
         return replace(told, why=why)
-    told = replace(told, count=torch.cuda.device_count(), nccl=dist.is_nccl_available())
+    told = replace(told, count=torch.cuda.device_count(), nccl=has_nccl())
     if not addresses:
         return told
     uuids = _uuids(told.count)

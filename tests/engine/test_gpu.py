@@ -91,7 +91,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace())
         monkeypatch.setattr(device_module, "_broken", lambda i: "torch cannot compute on it" if i in broken else "")
-        monkeypatch.setattr(device_module.dist, "is_nccl_available", lambda: nccl)
+        monkeypatch.setattr(device_module, "has_nccl", lambda: nccl)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
