@@ -39,7 +39,7 @@ def normed() -> nn.Module:
 
 def fit(df: Any, **settings: Any) -> Any:
     given = {
-        "module": mlp, "loss": nn.CrossEntropyLoss(), "optimizer": partial(torch.optim.Adam, lr=0.01), "batchSize": 60, "epochs": 3,
+        "module": mlp, "loss": nn.CrossEntropyLoss(), "optimizer": partial(torch.optim.SGD, lr=0.1), "batchSize": 60, "epochs": 3,
         "engine": "barrier", "numWorkers": 1, "seed": 1, "progress": "none",
     }  # fmt: skip
     return TorchEstimator(**{**given, **settings}).fit(df)
