@@ -32,7 +32,7 @@ GROUND_FILES = {"vector", "batch", "errors"}  # they share one folder: the packa
 # the files (or folders, with a slash) through which an outside library may be reached
 _WITH_SPARK = (
     "spark", "cluster", "arrange", "direct", "barrier", "hall", "stage",
-    "shuffle", "routes", "shipped", "pack", "session", "daemon", "worker",
+    "shuffle", "routes", "shipped", "pack", "profile", "session", "daemon", "worker",
 )  # fmt: skip
 SPARK = {f"engine/{name}.py" for name in _WITH_SPARK} | {"ml/", "features/", "testing/skew.py"}
 DOORS = {

@@ -31,15 +31,18 @@ from typing import Any
 import pyarrow as pa
 import torch
 from pyspark import BarrierTaskContext
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 
 from bigdl_lite.comm.window import Window, pour
 from bigdl_lite.data.arrow import agree, nothing, shares
 from bigdl_lite.engine.cluster import Cluster, cluster_of
+from bigdl_lite.engine.device import Choice, Noting, current
 from bigdl_lite.engine.hall import Hall
 from bigdl_lite.engine.keeper import Keeper, Part
 from bigdl_lite.engine.live import Address, Listener, Speaker
 from bigdl_lite.engine.pack import foreign, pack, unpack
+from bigdl_lite.engine.profile import in_words, map_in_arrow
 from bigdl_lite.engine.rank import train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shipped import Shipped, mappable
@@ -60,6 +63,7 @@ _PARTITION = 1 << 24  # bytes of weights in one partition of the result, on aver
 class BarrierEngine:
     """share_memory  False makes every rank a node of its own: nobody looks at another's memory, all goes through sockets and Spark
     allow_clear   with Spark's encryption on, whether ranks of several machines may speak past it all the same
+    profile       a ResourceProfile that says what the tasks of ranks need, GPUs where the application's own tasks have none
 
     What ranks say to one another between nodes, and lines of history to the driver, travels past Spark and in clear. Each
     such connection is let in by a secret of the run, which travels in Spark's own task closure, and listens on the address
@@ -74,8 +78,8 @@ class BarrierEngine:
 
     name = "barrier"
 
-    def __init__(self, share_memory: bool = True, allow_clear: bool = False) -> None:
-        self.share_memory, self.allow_clear = share_memory, allow_clear
+    def __init__(self, share_memory: bool = True, allow_clear: bool = False, profile: ResourceProfile | None = None) -> None:
+        self.share_memory, self.allow_clear, self.profile = share_memory, allow_clear, profile
 
     def fit(
         self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keeper | None = None
@@ -90,10 +94,11 @@ class BarrierEngine:
                 "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
                 f"{cluster.instead}an application with a fixed number of executors"
             )
-        free = cluster.slots()
+        free = cluster.slots(self.profile)
         if p > free:
+            has = in_words(frame.sparkSession, self.profile, free)
             raise RecipeError(
-                f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {free} slots: "
+                f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {has}: "
                 f"ask for fewer workers, {cluster.instead}give Spark more cores"
             )
         clear = _may_speak_in_clear(cluster, self.allow_clear)
@@ -104,7 +109,7 @@ class BarrierEngine:
             )
         keeper = Keeper(recipe) if keep is None else keep
         keeper.in_background()
-        lines = len(keeper.before)
+        lines, observer = len(keeper.before), Noting(observer)
         for losses in range(recipe.recoveries + 1):
             try:
                 outcome = self._stage(cluster, frame, recipe, start, observer, keeper if clear else None)
@@ -120,7 +125,7 @@ class BarrierEngine:
         raise AssertionError("not reached")
 
     def _stage(
-        self, cluster: Cluster, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, keeper: Keeper | None
+        self, cluster: Cluster, frame: DataFrame, recipe: Recipe, start: Start, observer: Noting, keeper: Keeper | None
     ) -> Outcome:  # fmt: skip
         """One barrier stage from start to end. Raises PeerLost where it ended because a rank was lost."""
         p = recipe.num_workers
@@ -141,9 +146,9 @@ class BarrierEngine:
                         shipped, result.address if result else "", live.address if live else None, self.share_memory,
                         secrets.token_hex(32), cluster.beside, versions(),
                     )  # fmt: skip
-                    told = frame.mapInArrow(_task(pack(recipe), way), _SCHEMA, barrier=True)
+                    ranks = map_in_arrow(frame, _task(pack(recipe), way), _SCHEMA, barrier=True, profile=self.profile)
                     # a partition at a time where the driver's JVM may be smaller than the weights
-                    return _outcome(cluster.rows(told, parts), recipe, result)
+                    return _outcome(cluster.rows(ranks, parts), recipe, result, observer)
         except Exception as error:
             loss = PeerLost(losses[0]) if losses and not isinstance(error, BigDLError) else _loss(error)
             if loss is None:
@@ -208,7 +213,7 @@ class _Way:
     versions: dict[str, str]  # of the driver's packages
 
 
-def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None) -> Outcome:
+def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None, noting: Noting) -> Outcome:
     found = recipe.blueprint.layout
     weights = result.values(found.dtype, found.n) if result else torch.empty(found.n, dtype=found.dtype)
     data, got, errors, rest, seen = memoryview(weights.view(torch.uint8).numpy()), 0, [], None, False
@@ -220,6 +225,7 @@ def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None) -> Outc
             got += len(payload)
         elif row["kind"] == "rest":
             rest = json.loads(bytes(row["payload"]))
+            noting(rest)
         else:
             errors.append((row["rank"], bytes(row["payload"])))
     if not seen:  # Spark's optimizer knew the frame to be empty, and started no task
@@ -275,9 +281,12 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             agreed = agree([other["shapes"] for other in everyone], recipe.columns)
             mine, held = (nothing(recipe.columns, agreed) if x is None else x for x in (mine, held))
             meeting = hall.enter(everyone)
-            start = way.shipped.read(meeting.block.weights if meeting.place.local == 0 else None)
-            keep = _ToDriver(speaker, recipe, rank)
-            outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker, keep, held)
+            if rank == 0 and hall.choice.line:
+                speaker(hall.choice.note)
+            with current(hall.device):
+                start = way.shipped.read(meeting.block.weights if meeting.reads else None)
+                keep = _ToDriver(speaker, recipe, rank)
+                outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker, keep, held)
         except MeetingTimeout:
             raise  # a rank hangs: only the end of the stage will end it
         except Exception as error:
@@ -287,7 +296,7 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
                 yield _row("error", rank, json.dumps(report(error, where)).encode())
             return
         if rank == 0:
-            yield from _result(outcome, way.result)
+            yield from _result(outcome, way.result, hall.choice)
         meeting.close()
     finally:
         speaker.close()  # or a reused worker would go on saying that it is alive
@@ -317,7 +326,7 @@ def _row(kind: str, rank: int, payload: bytes | memoryview, part: int = 0) -> pa
     )
 
 
-def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
+def _result(outcome: Outcome, address: str, choice: Choice) -> Iterator[pa.RecordBatch]:
     weights = outcome.weights.detach()
     if address:
         if not pour(address, weights):
@@ -328,5 +337,5 @@ def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
             yield _row("weights", 0, data[at : at + _PART], part)
     # hexadecimal floats: JSON has no NaN, and the bits must survive
     rest = {"history": outcome.history, "shapes": outcome.shapes, "shares": outcome.shares}
-    rest |= {"buffers": [x.hex() for x in outcome.buffers.tolist()]}
+    rest |= {"buffers": [x.hex() for x in outcome.buffers.tolist()], **choice.note}
     yield _row("rest", 0, json.dumps(rest).encode())

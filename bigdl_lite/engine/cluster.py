@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
-from bigdl_lite.engine.spark import SPARK_ERRORS, collect, is_classic, slots
+from bigdl_lite.engine.profile import slots_of
+from bigdl_lite.engine.spark import SPARK_ERRORS, collect, is_classic
 from bigdl_lite.errors import RecipeError
 
 if TYPE_CHECKING:
+    from pyspark.resource import ResourceProfile
     from pyspark.sql import DataFrame, SparkSession
 
 _ENCRYPTION = (
@@ -64,8 +66,8 @@ class Cluster(Protocol):
     encrypts: bool
     instead: str
 
-    def slots(self) -> int:
-        """How many tasks can run at once, now."""
+    def slots(self, profile: ResourceProfile | None = None) -> int:
+        """How many tasks, of a profile, can run at once, now."""
         ...
 
     def setting(self, name: str, default: str) -> str: ...
@@ -118,8 +120,8 @@ class Classic(_Settings):
         self.key, self.master = self._context.applicationId, self._context.master
         self.beside = self.master.split("[")[0] == "local"
 
-    def slots(self) -> int:
-        return slots(self._session)
+    def slots(self, profile: ResourceProfile | None = None) -> int:
+        return slots_of(self._session, profile)
 
     def setting(self, name: str, default: str) -> str:
         return self._context.getConf().get(name, default)
@@ -160,7 +162,7 @@ class Connect(_Settings):
         self._session = session
         self.key, self.master = session.session_id, self.setting("spark.master", "Spark Connect")
 
-    def slots(self) -> int:
+    def slots(self, profile: ResourceProfile | None = None) -> int:
         """As counted in the last ten seconds. spark.default.parallelism counts, where it is set: Connect tells of no executor."""
         counted = _COUNTED.get(self.key)
         if counted is None or time.monotonic() - counted[0] > _FRESH:

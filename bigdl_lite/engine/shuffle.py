@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyspark import StorageLevel
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 from torch import Tensor
 
@@ -45,6 +46,7 @@ from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
 from bigdl_lite.engine.cluster import cluster_of
+from bigdl_lite.engine.device import Given, Noting, decide
 from bigdl_lite.engine.each import told
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
@@ -72,12 +74,13 @@ _LOG = logging.getLogger("bigdl_lite")
 class ShuffleEngine:
     """share_memory  whether processes of one machine may look at each other's memory; never done with an exchange, nor where
     Spark's encryption is on
+    profile  a ResourceProfile that says what the tasks of workers need, GPUs where the application's own tasks have none
     """
 
     name = "shuffle"
 
-    def __init__(self, share_memory: bool = True) -> None:
-        self.share_memory = share_memory
+    def __init__(self, share_memory: bool = True, profile: ResourceProfile | None = None) -> None:
+        self.share_memory, self.profile = share_memory, profile
 
     def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keep = forget) -> Outcome:
         """Trains on a frame of recipe.num_workers partitions (see spark.arrange)."""
@@ -115,7 +118,7 @@ class ShuffleEngine:
         if window is None or not cluster.beside:
             _check_size(frame.sparkSession.sparkContext, start.weights)
         with cluster.jobs(f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
-            return _Rounds(frame, recipe, start, observer, window, keep).run()
+            return _Rounds(frame, recipe, start, observer, window, keep, self.profile).run()
 
 
 def _check_size(sc: SparkContext, weights: Tensor) -> None:
@@ -134,9 +137,10 @@ def _check_size(sc: SparkContext, weights: Tensor) -> None:
 
 class _Rounds:
     def __init__(
-        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, window: Window | None, keep: Keep
+        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, window: Window | None, keep: Keep,
+        profile: ResourceProfile | None,
     ) -> None:  # fmt: skip
-        self.frame, self.recipe, self.window, self.start, self.keep = frame, recipe, window, start, keep
+        self.frame, self.recipe, self.window, self.start, self.keep, self.profile = frame, recipe, window, start, keep, profile
         self.sc, cluster = frame.sparkSession.sparkContext, cluster_of(frame.sparkSession)
         found = recipe.blueprint.layout
         if window is None:
@@ -150,7 +154,7 @@ class _Rounds:
         self.judge = Judge(recipe.watch, sums.get("judge") if sums else None)
         self.observer = observer
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
-        self.free = cluster.slots()
+        self.free = cluster.slots(profile)
         self.owners = max(1, min(recipe.num_workers, self.free))
         exchange = recipe.round.exchange
         k = 1 if self.weights.nbytes < SMALL or exchange is not None else self.owners
@@ -173,7 +177,7 @@ class _Rounds:
         tokens = self._ingest().persist(StorageLevel.MEMORY_AND_DISK)
         route: Route | None = None
         try:
-            counts, held, found, sees = self._counts(tokens)
+            counts, held, found, sees, device = self._counts(tokens)
             plan = self.recipe.plan(counts)
             resume = self.start.resume
             self.history.start(self.recipe.steps(len(plan)), self.recipe.epochs, int(plan.sum()), resume.sums if resume else None)
@@ -181,7 +185,8 @@ class _Rounds:
                 resume.check(dealt(self.recipe, counts, resume.now))
             begins = np.cumsum(plan, axis=0) - plan
             rates = tuple(self.advancers[0].rates())
-            base = Order(self.recipe.run, counts, tuple(self.cuts), rates=rates, held=held, shapes=tuple(map(tuple, found)))
+            shapes = tuple(map(tuple, found))
+            base = Order(self.recipe.run, counts, tuple(self.cuts), rates=rates, held=held, shapes=shapes, device=device)
             ground = Ground(
                 self.sc, tokens, self.recipe, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),
@@ -292,10 +297,13 @@ class _Rounds:
     def _ingest(self) -> RDD[Any]:
         """One token a partition; computing it puts the decoded share on the executor's disk."""
         address = self.window.address if self.window is not None else ""
-        return self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address, versions()), TOKEN).rdd
+        rows = self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address, versions()), TOKEN).rdd
+        return rows if self.profile is None else rows.withResources(self.profile)  # and so is every stage that these are part of
 
-    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Shapes, bool]:
-        """Rows of every share, and those held out; the shapes of one row; and whether all workers see the driver's memory."""
+    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Shapes, bool, str]:
+        """Rows of every share, and those held out; the shapes of one row; whether all workers see the driver's memory; and the
+        kind of device that all compute on.
+        """
         told = {token.partition: token for token in tokens.collect()}
         errors = [json.loads(told[i].error) for i in sorted(told) if told[i].error]
         if errors:
@@ -305,7 +313,9 @@ class _Rounds:
         found = agree([json.loads(told[i].shapes) for i in workers], self.recipe.columns)
         counts, held = tuple(told[i].rows for i in workers), tuple(told[i].held for i in workers)
         self.recipe.check_held(counts, sum(held))
-        return counts, held, found, all(told[i].sees for i in workers)
+        choice = decide([Given(**json.loads(told[i].gpu)) for i in workers], self.recipe.device, apart=True)
+        Noting(self.observer).note(choice.line, choice.warns)
+        return counts, held, found, all(told[i].sees for i in workers), "cuda" if choice.indices else "cpu"
 
     def _round(self, route: Route, order: Order, coming: Coming = nothing) -> float:
         """One round; returns its mean loss."""

@@ -299,10 +299,8 @@ def partition_id() -> int:
     return context.partitionId() if context else -1
 
 
-def gpu(context: TaskContext) -> torch.device | None:
-    """The GPU that Spark gave to this task, if it gave one and torch can use it."""
-    given = context.resources().get("gpu")
-    if given is None or not given.addresses or not torch.cuda.is_available():
-        return None
-    index = int(given.addresses[0])
-    return torch.device("cuda", index if index < torch.cuda.device_count() else 0)
+def gpus() -> tuple[str, ...]:
+    """Inside a task: the addresses of the GPUs that Spark gave to it."""
+    context = TaskContext.get()
+    given = context.resources().get("gpu") if context else None
+    return tuple(given.addresses) if given else ()
