@@ -136,8 +136,8 @@ def test_an_executor_gets_the_options_of_its_java_one_by_one(tmp_path: Path) -> 
         "JAVA_HOME": str(tmp_path), "SPARK_HOME": "/spark", "PYSPARK_PYTHON": sys.executable, "TMPDIR": str(tmp_path),
         "SPARK_JAVA_OPT_0": "-Da=b c", "SPARK_JAVA_OPT_1": '-Dq="$HOME"', "SPARK_EXECUTOR_MEMORY": "1024m", "SPARK_EXECUTOR_ID": "1",
         "SPARK_DRIVER_URL": "spark://CoarseGrainedScheduler@10.0.0.1:7078", "SPARK_EXECUTOR_CORES": "2", "SPARK_APPLICATION_ID": "app",
-        "SPARK_RESOURCE_PROFILE_ID": "0", "SPARK_EXECUTOR_POD_IP": "10.0.0.2", "SPARK_EXECUTOR_POD_NAME": "pod", "PATH": os.environ["PATH"],
-        "SPARK_CONF_DIR": "/opt/spark/conf",
+        "SPARK_RESOURCE_PROFILE_ID": "0", "SPARK_EXECUTOR_POD_IP": "10.0.0.2", "SPARK_EXECUTOR_POD_NAME": "pod",
+        "SPARK_CONF_DIR": "/opt/spark/conf", "PATH": os.environ["PATH"],
     }  # fmt: skip
     script = DOCKER / "scripts" / "entrypoint.sh"
     done = subprocess.run([script, "executor"], env=given, capture_output=True, text=True, timeout=10, check=False)
