@@ -80,6 +80,25 @@ def test_a_compose_file_with_a_fault_is_seen(compose: dict[str, Any], service: s
     assert any(said in fault for fault in faults(changed)), faults(changed)
 
 
+def installed(name: str) -> str | None:
+    """A program that pip brings, beside this Python or on PATH."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@pytest.mark.skipif(installed("check-jsonschema") is None, reason="check-jsonschema, which [test] brings, is not installed")
+def test_the_compose_file_is_of_the_published_schema(tmp_path: Path) -> None:
+    def check(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [str(installed("check-jsonschema")), "--builtin-schema", "vendor.compose-spec", str(path)]  # it fetches nothing
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = check(DOCKER / "compose.yaml")
+    assert done.returncode == 0, done.stdout
+    worse = tmp_path / "compose.yaml"
+    worse.write_text((DOCKER / "compose.yaml").read_text().replace("depends_on", "depend_on"))
+    done = check(worse)
+    assert done.returncode != 0 and "'depend_on' was unexpected" in done.stdout
+
+
 def instructions(text: str) -> list[tuple[str, str]]:
     joined = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
     return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())]
@@ -101,13 +120,10 @@ def test_the_dockerfile_installs_the_torch_that_the_package_asks_for() -> None:
     assert wanted and f'"{wanted[1]}"' in (DOCKER / "Dockerfile").read_text()
 
 
-HADOLINT = shutil.which("hadolint", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
-
-@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed; [test] brings it where it is built for this machine")
+@pytest.mark.skipif(installed("hadolint") is None, reason="hadolint, which [test] brings to common machines, is not installed")
 def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
     def lint(path: Path) -> str:
-        done = subprocess.run([str(HADOLINT), "--no-color", path], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([str(installed("hadolint")), "--no-color", path], capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode == 0) == (done.stdout == ""), done.stderr
         return done.stdout
 
