@@ -17,7 +17,7 @@ import pytest
 from tests.cluster.standalone import TRAINS, Cluster
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]  # one cluster, two programs: 40 seconds
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]  # three minutes on two busy cores
 
 SAYS = """
 import os, sys

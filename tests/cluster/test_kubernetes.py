@@ -22,7 +22,7 @@ from tests.cluster.standalone import TRAINS, free_port, java
 from tests.cluster.test_lines import LINES
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]  # three applications: two minutes
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]  # six minutes on two busy cores
 
 SUBMIT = Path(pyspark.__file__).parent / "bin" / "spark-submit"
 WORKS = """
