@@ -110,7 +110,7 @@ def test_quickstart_and_recommender_run_on_the_cluster_and_the_history_server_sh
     assert done.returncode == 0, done.stdout[-4000:]
 
     cluster.environment["SPARK_UI_PORT"] = "0"
-    port = cluster.start("history.sh", r"HistoryServer, and started at http://\S+:(\d+)")
+    port = cluster.start("history.sh", r"Bound HistoryServer to .* started at http://\S+:(\d+)")
 
     def ask(path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/applications{path}", timeout=30) as answer:
