@@ -70,7 +70,6 @@ class Kubernetes:
         self.objects: dict[tuple[str, str], Object] = {}
         self.events: list[tuple[str, str, Object]] = []  # kind, what happened, the object then
         self.pods: list[Object] = []  # all that were ever made, as they were asked for
-        self.asked: list[str] = []
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._changed = threading.Condition(threading.RLock())
         self._open = True
@@ -225,7 +224,6 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         given = json.loads(self.rfile.read(length)) if length else {}
         asked = urlsplit(self.path)
-        self.cluster.asked.append(f"{self.command} {self.path}")
         query = {key: values[0] for key, values in parse_qs(asked.query).items()}
         labels, fields = query.get("labelSelector", ""), query.get("fieldSelector", "")
         if not (match := PATH.fullmatch(asked.path)) or match[2] not in KINDS:
