@@ -100,7 +100,7 @@ def test_cluster_mode_is_refused_by_spark_itself(cluster: Cluster, program) -> N
     assert "Cluster deploy mode is currently not supported for python applications on standalone clusters" in done.stderr
 
 
-@pytest.mark.slow  # two programs, one after the other: a minute and a half
+@pytest.mark.slow  # two programs, one after the other: five minutes on two busy cores
 def test_quickstart_and_recommender_run_on_the_cluster_and_the_history_server_shows_their_jobs(cluster: Cluster, package: Path) -> None:
     """What compose.yaml starts and submits, on this machine."""
     done = cluster.submit(ROOT / "examples" / "quickstart.py", "--py-files", str(package), arguments=["--epochs", "6"])
