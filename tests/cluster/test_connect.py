@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tests.cluster import programs
-from tests.cluster.test_submit import bare_python
+from tests.cluster.standalone import bare_python, java, libraries
 from tests.conftest import ROOT
 
 pytest.importorskip("grpc_status", reason="Spark Connect needs pip install 'bigdl_lite[connect]'")
@@ -88,14 +88,13 @@ class Server:
     def __init__(self, master: str, log: Path, environment: Mapping[str, str] = {}, **settings: str) -> None:
         import pyspark
 
-        from bigdl_lite.engine.session import _java_home, _worker_path
+        from bigdl_lite.engine.session import _worker_path
 
         self.port = free_port()
         home = Path(pyspark.__file__).parent
-        java = _java_home(with_vector=True)
         environment = {
             **os.environ, "SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": _worker_path(None) or str(ROOT),
-            "SPARK_LOCAL_IP": "127.0.0.1", **({"JAVA_HOME": java} if java else {}), **environment,
+            "SPARK_LOCAL_IP": "127.0.0.1", **java(), **environment,
         }  # fmt: skip
         settings = {
             "spark.connect.grpc.binding.address": "127.0.0.1", "spark.connect.grpc.binding.port": str(self.port),
@@ -148,11 +147,11 @@ def connect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Executors in processes of their own, whose Python has all libraries and not bigdl_lite."""
     folder = tmp_path_factory.mktemp("far")
-    python, libraries = bare_python(folder)
+    there = str(libraries(folder / "site"))
     settings = {
-        "spark.executorEnv.PYTHONPATH": libraries, "spark.executor.memory": "1g", "spark.python.daemon.module": "pyspark.daemon",
+        "spark.executorEnv.PYTHONPATH": there, "spark.executor.memory": "1g", "spark.python.daemon.module": "pyspark.daemon",
     }  # fmt: skip
-    bare = {"PYSPARK_PYTHON": python, "PYTHONPATH": libraries}
+    bare = {"PYSPARK_PYTHON": bare_python(folder), "PYTHONPATH": there}
     with client_of(folder, "local-cluster[2,1,1024]", environment=bare, **settings) as client:
         yield client
 
