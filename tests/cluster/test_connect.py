@@ -170,12 +170,14 @@ def test_the_same_program_gives_the_same_model_and_the_same_scores(spark: Any, c
         near(there["weights"], programs.weights(programs.classifier(epochs=5).fit(programs.table(spark))))
 
 
+@pytest.mark.slow
 def test_validation_metrics_callbacks_and_the_report(connect: Client) -> None:
     told = connect(programs.watched)
     assert told["epochs"] == ["epoch"] * 4 and told["report"]
     assert told["validation"].keys() >= {"val_loss", "val_accuracy"}
 
 
+@pytest.mark.slow
 def test_columns_of_all_kinds(spark: Any, connect: Client, tmp_path: Path) -> None:
     there, here = connect(programs.columns_of_all_kinds), programs.columns_of_all_kinds(spark, tmp_path)
     near(there["weights"], here["weights"])
@@ -189,6 +191,7 @@ def test_weights_that_no_function_carries_travel_as_artifacts(spark: Any, connec
     near(there["scores"], here["scores"])
 
 
+@pytest.mark.slow
 def test_scores_in_sql_in_streams_and_in_sums(connect: Client) -> None:
     told = connect(programs.many_ways_to_score)
     assert told["transform"] == told["sql"] == told["stream"]
@@ -199,6 +202,7 @@ def test_saved_and_loaded_alone_and_in_a_pipeline(connect: Client) -> None:
     assert connect(programs.saved_and_loaded) == {"loaded": True, "estimator": True, "pipeline": True}
 
 
+@pytest.mark.slow
 def test_a_search(connect: Client) -> None:
     told = connect(programs.searched)
     assert told["better"] == 1
@@ -215,6 +219,7 @@ def test_what_cannot_be_says_so(connect: Client) -> None:
     assert told["a cast"][0] == "DataError" and "'(id < 50)' is not true" in told["a cast"][1]
 
 
+@pytest.mark.slow
 def test_local_gives_the_model_of_barrier(spark: Any, connect: Client, tmp_path: Path) -> None:
     here = programs.full_batches(spark, tmp_path)
     near(connect(programs.in_threads_of_this_program)["weights"], here["weights"])
@@ -240,6 +245,7 @@ def test_an_interrupted_fit_ends_soon_and_the_next_one_is_as_ever(spark: Any, co
     near(told["weights"], programs.full_batches(spark, tmp_path)["weights"])
 
 
+@pytest.mark.slow
 def test_doctor_says_what_it_can(connect: Client) -> None:
     told = connect(programs.asked_by_doctor)
     assert told["engine"] == "barrier" and "4 workers fit into 4 slots" in told["why"], told["text"]
