@@ -23,7 +23,7 @@ from tests.bench.report import Claim, Context, Row, claims_table, decode, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 # need hosts with slow links: left out where there can be none
-ON_HOSTS = ("network", "s2", "gradiveq", "overlap", "pipe", "neighbours")
+ON_HOSTS = ("network", "s2", "gradiveq", "overlap", "pipe", "neighbours", "scale")
 NAMES = (
     "training", "memory", "meeting", "growth", "fits", "start", "ingest", "transform", "large", "overhead", "distributor", "soak",
     "codecs", "skew", "stragglers", "search", *ON_HOSTS, "gpu",

@@ -48,7 +48,8 @@ class Network:
     delay: str
 
     def __str__(self) -> str:
-        return re.sub(r"([\d.]+)([mg])bit", lambda x: f"{x[1]} {x[2].upper()}bit/s", self.rate) + f", {self.delay[:-2]} ms"
+        delay = "no delay" if self.delay == "none" else f"{self.delay[:-2]} ms"
+        return re.sub(r"([\d.]+)([mg])bit", lambda x: f"{x[1]} {x[2].upper()}bit/s", self.rate) + f", {delay}"
 
 
 def why_not() -> str:
@@ -95,9 +96,13 @@ class Hosts:
             self._call("down")
             signal.signal(signal.SIGTERM, self._before)
 
-    def limit(self, network: Network | None) -> str:
-        """Sets every worker's link, and returns what it measures between two of them. None: as fast as there is."""
-        self._call("limit", *((network.rate, network.delay) if network else ("none", "none")))
+    def limit(self, network: Network | None, driver: bool = False) -> str:
+        """Sets every worker's link, and returns what it measures between two of them. None: as fast as there is.
+
+        driver  whether the driver's link, too, is set from now on
+        """
+        hosts = [word for name in (*self.names, "driver") for word in ("--host", name)] if driver else []
+        self._call("limit", *((network.rate, network.delay) if network else ("none", "none")), *hosts)
         found = re.search(r"([\d.]+) Mbit/s, round trip ([\d.]+) ms", self._call("probe", *self.names[:2]))
         return f"measured {float(found[1]):.3g} Mbit/s, round trip {float(found[2]):.3g} ms" if found else ""
 
@@ -248,7 +253,7 @@ def _fit(module: Any, master: str) -> None:
 
     settings = {
         "spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.executor.memory": "768m",
-        "spark.driver.memory": "1g", "spark.python.daemon.module": "bigdl_lite.engine.daemon",
+        "spark.driver.memory": "1g", "spark.python.daemon.module": "bigdl_lite.engine.daemon", **getattr(module, "SETTINGS", {}),
     }  # fmt: skip
     builder = SparkSession.builder.master(master).appName("bigdl_lite bench")
     for name, value in settings.items():
