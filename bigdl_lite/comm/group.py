@@ -33,6 +33,11 @@ from bigdl_lite.comm.link import TENSOR, Link, exchange
 from bigdl_lite.errors import BigDLError, MeetingTimeout, PeerLost, RecipeError, WireError
 
 
+def has_nccl() -> bool:
+    """Whether a Group of this process may be of GPUs."""
+    return dist.is_nccl_available()
+
+
 class Store:
     """Small facts that ranks tell one another before they can meet: key -> bytes, with a deadline on every read.
 
@@ -179,14 +184,10 @@ class Group(Collectives):
                         self._links[source].receive(self._calls, _bytes(into[source]))
                 exchange(self._links.values(), self.deadline)
             elif turns:
-                work = []
-                for to, source in turns:
-                    if out[to].numel():
-                        work.append(self._nccl.send([out[to]], to, self.rank))
-                    if into[source].numel():
-                        work.append(self._nccl.recv([into[source]], source, source))
-                for w in work:
-                    w.wait()
+                # one call for all: sends and receives one by one would each wait for the other end to begin with theirs
+                mine = self.rank
+                given = [x[:0] if j == mine else x for j, x in enumerate(out)]
+                self._nccl.alltoall([x[:0] if j == mine else x for j, x in enumerate(into)], given).wait()
         self.bytes_sent += sum(out[to].nbytes for to, _ in turns)
 
     @contextlib.contextmanager

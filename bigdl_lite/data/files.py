@@ -221,6 +221,21 @@ def write(path: str, data: bytes | memoryview) -> None:
         raise
 
 
+def exists(path: str) -> bool:
+    system, inside = open_system(path)
+    return bool(system.get_file_info(inside).type != fs.FileType.NotFound)
+
+
+def remove(path: str) -> None:
+    """A file, or a folder with all that is in it; nothing where there is none."""
+    system, inside = open_system(path)
+    kind = system.get_file_info(inside).type
+    if kind == fs.FileType.Directory:
+        system.delete_dir(inside)
+    elif kind != fs.FileType.NotFound:
+        system.delete_file(inside)
+
+
 def read(path: str) -> bytes:
     system, inside = open_system(path)
     with system.open_input_stream(inside) as source:

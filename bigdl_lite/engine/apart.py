@@ -104,7 +104,7 @@ class _Fit:
             if epoch != of:
                 deal, of = order(self.share.rows, self.recipe.seed, epoch, self.rank), epoch
             first, rows = int(self.plan[:at, self.rank].sum()), int(self.plan[at, self.rank])
-            batch = self.share.take(deal[first : first + rows]).to(self.weights.device)
+            batch = self.share.take(deal[first : first + rows], self.weights.device)
             now = Turn(self.step, self.plan[at].tolist(), mix(self.recipe.seed, 3, self.step))
             self.peering.begin(now)
             ready = time.perf_counter()

@@ -1,9 +1,9 @@
 """A DataFrame in as many partitions as there are workers, the same rows in the same order in each, however often computed.
 
-    what the frame is                              how it is brought to p partitions
-    already in p                                   taken as it is
-    a selection from whole files (Parquet, ORC)    read in p parts, where files divide evenly
-    anything else                                  one shuffle, which writes all rows to local disks once more
+what the frame is                              how it is brought to p partitions
+already in p                                   taken as it is
+a selection from whole files (Parquet, ORC)    read in p parts, where files divide evenly
+anything else                                  one shuffle, which writes all rows to local disks once more
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def reread(frame: DataFrame, p: int) -> DataFrame | None:
     How much Spark reads at a time is a setting of the session that a relation belongs to. So the relation is put into a
     copy of the user's session, in which nothing else is changed; the user's stays as it is.
     """
-    if not is_classic(frame):
+    if not is_classic(frame.sparkSession):
         return None
     try:
         above, leaf = chain(frame)
@@ -106,7 +106,7 @@ def _even(frame: DataFrame, total: int, p: int) -> bool:
 
 def _partitions(frame: DataFrame) -> int | None:
     """How many partitions the frame has, None where that is known only after running it."""
-    if not is_classic(frame):
+    if not is_classic(frame.sparkSession):
         return None
     execution = frame._jdf.queryExecution()
     if "Adaptive" in execution.executedPlan().getClass().getSimpleName():

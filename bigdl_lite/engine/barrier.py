@@ -30,19 +30,22 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from pyspark import BarrierTaskContext, SparkContext
+from pyspark import BarrierTaskContext
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 
 from bigdl_lite.comm.window import Window, pour
 from bigdl_lite.data.arrow import agree, nothing, shares
+from bigdl_lite.engine.cluster import Cluster, cluster_of
+from bigdl_lite.engine.device import Choice, Noting, current
 from bigdl_lite.engine.hall import Hall
 from bigdl_lite.engine.keeper import Keeper, Part
 from bigdl_lite.engine.live import Address, Listener, Speaker
 from bigdl_lite.engine.pack import foreign, pack, unpack
+from bigdl_lite.engine.profile import in_words, map_in_arrow
 from bigdl_lite.engine.rank import train
 from bigdl_lite.engine.recipe import Observer, Outcome, Recipe, Start, silent
 from bigdl_lite.engine.shipped import Shipped, mappable
-from bigdl_lite.engine.spark import collect, encrypts, is_elastic, jobs, on_this_machine, slots, stream
 from bigdl_lite.engine.worker import require_versions, settle, versions
 from bigdl_lite.errors import BigDLError, DataError, MeetingTimeout, PeerLost, RecipeError, report, revive
 
@@ -60,6 +63,7 @@ _PARTITION = 1 << 24  # bytes of weights in one partition of the result, on aver
 class BarrierEngine:
     """share_memory  False makes every rank a node of its own: nobody looks at another's memory, all goes through sockets and Spark
     allow_clear   with Spark's encryption on, whether ranks of several machines may speak past it all the same
+    profile       a ResourceProfile that says what the tasks of ranks need, GPUs where the application's own tasks have none
 
     What ranks say to one another between nodes, and lines of history to the driver, travels past Spark and in clear. Each
     such connection is let in by a secret of the run, which travels in Spark's own task closure, and listens on the address
@@ -74,8 +78,8 @@ class BarrierEngine:
 
     name = "barrier"
 
-    def __init__(self, share_memory: bool = True, allow_clear: bool = False) -> None:
-        self.share_memory, self.allow_clear = share_memory, allow_clear
+    def __init__(self, share_memory: bool = True, allow_clear: bool = False, profile: ResourceProfile | None = None) -> None:
+        self.share_memory, self.allow_clear, self.profile = share_memory, allow_clear, profile
 
     def fit(
         self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keeper | None = None
@@ -84,19 +88,20 @@ class BarrierEngine:
 
         Raises PeerLost or MeetingTimeout where ranks are lost more often than recipe.recoveries.
         """
-        p, sc = recipe.num_workers, frame.sparkSession.sparkContext
-        if is_elastic(sc) and not on_this_machine(sc):
+        p, cluster = recipe.num_workers, cluster_of(frame.sparkSession)
+        if cluster.elastic and not cluster.beside:
             raise RecipeError(
                 "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
-                "engine='shuffle', or an application with a fixed number of executors"
+                f"{cluster.instead}an application with a fixed number of executors"
             )
-        free = slots(frame.sparkSession)
+        free = cluster.slots(self.profile)
         if p > free:
+            has = in_words(frame.sparkSession, self.profile, free)
             raise RecipeError(
-                f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {free} slots: "
-                f"ask for fewer workers, give Spark more cores, or take engine='shuffle'"
+                f"numWorkers={p} needs {p} tasks at the same time in the barrier engine, this application has {has}: "
+                f"ask for fewer workers, {cluster.instead}give Spark more cores"
             )
-        clear = _may_speak_in_clear(sc, self.allow_clear)
+        clear = _may_speak_in_clear(cluster, self.allow_clear)
         if keep is not None and not clear:
             raise RecipeError(
                 "Spark's encryption is on, and ranks of the barrier engine bring checkpoints to the driver past Spark, in clear: take "
@@ -104,10 +109,10 @@ class BarrierEngine:
             )
         keeper = Keeper(recipe) if keep is None else keep
         keeper.in_background()
-        lines = len(keeper.before)
+        lines, observer = len(keeper.before), Noting(observer)
         for losses in range(recipe.recoveries + 1):
             try:
-                outcome = self._stage(frame, recipe, start, observer, keeper if clear else None)
+                outcome = self._stage(cluster, frame, recipe, start, observer, keeper if clear else None)
                 return replace(outcome, history=[*keeper.before[lines:], *outcome.history])
             except (PeerLost, MeetingTimeout) as lost:
                 if losses == recipe.recoveries:
@@ -119,32 +124,31 @@ class BarrierEngine:
                 _LOG.warning("a rank was lost (%s): the stage runs again, from step %d on; loss %d", lost, step, losses + 1)
         raise AssertionError("not reached")
 
-    def _stage(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, keeper: Keeper | None) -> Outcome:
+    def _stage(
+        self, cluster: Cluster, frame: DataFrame, recipe: Recipe, start: Start, observer: Noting, keeper: Keeper | None
+    ) -> Outcome:  # fmt: skip
         """One barrier stage from start to end. Raises PeerLost where it ended because a rank was lost."""
-        p, sc = recipe.num_workers, frame.sparkSession.sparkContext
-        host = sc.getConf().get("spark.driver.host", "127.0.0.1") if keeper is not None else None
-        shipped = Shipped.send(sc, start, may_map=self.share_memory)
-        result = mappable(sc, start.weights.nbytes) if self.share_memory else None
+        p = recipe.num_workers
+        host = cluster.host() if keeper is not None else None
+        shipped = Shipped.send(cluster, start, may_map=self.share_memory)
+        result = mappable(cluster, start.weights.nbytes) if self.share_memory else None
         parts = 1 if result else -(-start.weights.nbytes // _PARTITION)
         losses: list[str] = []
         try:
-            with jobs(sc, f"bigdl_lite {recipe.run}: barrier, {p} ranks") as tag:
+            with cluster.jobs(f"bigdl_lite {recipe.run}: barrier, {p} ranks") as tag:
 
                 def lost(why: str) -> None:
                     losses.append(why)
-                    sc.cancelJobsWithTag(tag)  # or Spark would wait for it, or begin again without the last state
+                    cluster.cancel(tag)  # or Spark would wait for it, or begin again without the last state
 
                 with _listen(host, observer, keeper, recipe.deadline, lost) as live:
                     way = _Way(
                         shipped, result.address if result else "", live.address if live else None, self.share_memory,
-                        secrets.token_hex(32), on_this_machine(sc), versions(),
+                        secrets.token_hex(32), cluster.beside, versions(),
                     )  # fmt: skip
-                    told = frame.mapInArrow(_task(pack(recipe), way), _SCHEMA, barrier=True)
-                    if parts <= 1:
-                        rows = collect(told).to_pylist()
-                    else:  # a partition at a time, because the driver's JVM may be smaller than the weights
-                        rows = stream(told.repartition(parts, "part"))
-                    return _outcome(rows, recipe, result)
+                    ranks = map_in_arrow(frame, _task(pack(recipe), way), _SCHEMA, barrier=True, profile=self.profile)
+                    # a partition at a time where the driver's JVM may be smaller than the weights
+                    return _outcome(cluster.rows(ranks, parts), recipe, result, observer)
         except Exception as error:
             loss = PeerLost(losses[0]) if losses and not isinstance(error, BigDLError) else _loss(error)
             if loss is None:
@@ -168,13 +172,13 @@ def _loss(error: Exception) -> PeerLost | MeetingTimeout | None:
     return kind(found[2] or found[0])
 
 
-def _may_speak_in_clear(sc: SparkContext, allowed: bool) -> bool:
+def _may_speak_in_clear(cluster: Cluster, allowed: bool) -> bool:
     """Whether anything may travel past Spark's encryption; RecipeError where training needs it and may not."""
-    if allowed or not encrypts(sc):
+    if allowed or not cluster.encrypts:
         return True
-    if not on_this_machine(sc):
+    if not cluster.beside:
         raise RecipeError(
-            f"Spark's encryption is on, and ranks of the barrier engine on several machines ({sc.master}) speak to each other "
+            f"Spark's encryption is on, and ranks of the barrier engine on several machines ({cluster.master}) speak to each other "
             "past Spark, authenticated but in clear: take engine='shuffle', or allow it with "
             "engine=BarrierEngine(allow_clear=True)"
         )
@@ -209,7 +213,7 @@ class _Way:
     versions: dict[str, str]  # of the driver's packages
 
 
-def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None) -> Outcome:
+def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None, noting: Noting) -> Outcome:
     found = recipe.blueprint.layout
     weights = result.values(found.dtype, found.n) if result else torch.empty(found.n, dtype=found.dtype)
     data, got, errors, rest, seen = memoryview(weights.view(torch.uint8).numpy()), 0, [], None, False
@@ -221,6 +225,7 @@ def _outcome(rows: Iterable[Any], recipe: Recipe, result: Window | None) -> Outc
             got += len(payload)
         elif row["kind"] == "rest":
             rest = json.loads(bytes(row["payload"]))
+            noting(rest)
         else:
             errors.append((row["rank"], bytes(row["payload"])))
     if not seen:  # Spark's optimizer knew the frame to be empty, and started no task
@@ -276,9 +281,12 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
             agreed = agree([other["shapes"] for other in everyone], recipe.columns)
             mine, held = (nothing(recipe.columns, agreed) if x is None else x for x in (mine, held))
             meeting = hall.enter(everyone)
-            start = way.shipped.read(meeting.block.weights if meeting.place.local == 0 else None)
-            keep = _ToDriver(speaker, recipe, rank)
-            outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker, keep, held)
+            if rank == 0 and hall.choice.line:
+                speaker(hall.choice.note)
+            with current(hall.device):
+                start = way.shipped.read(meeting.block.weights if meeting.reads else None)
+                keep = _ToDriver(speaker, recipe, rank)
+                outcome = train(mine, [other["rows"] for other in everyone], recipe, start, meeting, speaker, keep, held)
         except MeetingTimeout:
             raise  # a rank hangs: only the end of the stage will end it
         except Exception as error:
@@ -288,7 +296,7 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
                 yield _row("error", rank, json.dumps(report(error, where)).encode())
             return
         if rank == 0:
-            yield from _result(outcome, way.result)
+            yield from _result(outcome, way.result, hall.choice)
         meeting.close()
     finally:
         speaker.close()  # or a reused worker would go on saying that it is alive
@@ -318,7 +326,7 @@ def _row(kind: str, rank: int, payload: bytes | memoryview, part: int = 0) -> pa
     )
 
 
-def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
+def _result(outcome: Outcome, address: str, choice: Choice) -> Iterator[pa.RecordBatch]:
     weights = outcome.weights.detach()
     if address:
         if not pour(address, weights):
@@ -329,5 +337,5 @@ def _result(outcome: Outcome, address: str) -> Iterator[pa.RecordBatch]:
             yield _row("weights", 0, data[at : at + _PART], part)
     # hexadecimal floats: JSON has no NaN, and the bits must survive
     rest = {"history": outcome.history, "shapes": outcome.shapes, "shares": outcome.shares}
-    rest |= {"buffers": [x.hex() for x in outcome.buffers.tolist()]}
+    rest |= {"buffers": [x.hex() for x in outcome.buffers.tolist()], **choice.note}
     yield _row("rest", 0, json.dumps(rest).encode())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bigdl_lite.batch import Batch
 from bigdl_lite.data.store import load
@@ -64,10 +65,21 @@ def share_of(run: str, rank: int, key: str, rows: int) -> Batch | None:
     return found
 
 
-def replica_of(recipe: Recipe, shipped: Shipped) -> Replica:
+def replica_of(recipe: Recipe, shipped: Shipped, device: torch.device) -> Replica:
+    """The replica of this process on a device. Spark may give another GPU to its next task: then there are two."""
+
+    def make() -> Replica:
+        found = recipe.blueprint.layout
+        weights = torch.empty(found.n, dtype=found.dtype, device=device)
+        return Replica(recipe.blueprint, weights, None, shipped.read().constants, recipe.loss, recipe.compute)
+
+    return cached(recipe.run, ("replica", device), make)
+
+
+def gradient_of(recipe: Recipe, key: object, device: torch.device) -> Tensor:
+    """Memory [n] for a gradient, on a device."""
     found = recipe.blueprint.layout
-    weights = torch.empty(found.n, dtype=found.dtype)
-    return Replica(recipe.blueprint, weights, None, shipped.read().constants, recipe.loss, recipe.compute)
+    return cached(recipe.run, (key, device), lambda: torch.zeros(found.n, dtype=found.dtype, device=device))
 
 
 def folder(run: str) -> Path:

@@ -27,6 +27,7 @@ from pyspark.sql.pandas.types import to_arrow_type
 
 from bigdl_lite.data.columns import Name, flat
 from bigdl_lite.data.parquet import FILE, INDEX, local_path, plain, schema_of
+from bigdl_lite.engine.spark import is_classic
 
 _LOG = logging.getLogger("bigdl_lite")
 
@@ -73,7 +74,7 @@ def format_of(leaf: Any) -> str:
 
 def _hindrance(frame: DataFrame, names: Sequence[Name]) -> str:
     """Why the named columns of a frame cannot be read from its files; empty where they can."""
-    if not hasattr(frame, "_jdf") or frame.isStreaming or "_metadata" in frame.columns:
+    if not is_classic(frame.sparkSession) or frame.isStreaming or "_metadata" in frame.columns:
         return "not a plain frame"
     conf = frame.sparkSession.conf
     if str(conf.get(SETTING, "true")).lower() == "false":

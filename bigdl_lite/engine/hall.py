@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+from dataclasses import asdict, replace
 from typing import Any
 
 from pyspark import BarrierTaskContext
@@ -14,10 +15,12 @@ from bigdl_lite.comm.block import Block, create, join, mailbox, private
 from bigdl_lite.comm.group import Group, Store
 from bigdl_lite.comm.window import Look, Window, available, look
 from bigdl_lite.data.arrow import shapes
+from bigdl_lite.engine.device import CPU, Choice, Given, Staging, decide
+from bigdl_lite.engine.device import look as look_at_gpu
 from bigdl_lite.engine.meeting import Meeting, Place
 from bigdl_lite.engine.rank import block_size
 from bigdl_lite.engine.recipe import Recipe
-from bigdl_lite.engine.spark import gpu
+from bigdl_lite.engine.spark import gpus
 from bigdl_lite.errors import PeerLost, RecipeError
 
 
@@ -32,9 +35,10 @@ class Hall:
         self.context, self.recipe, self.secret = context, recipe, secret
         self.rank = context.partitionId()
         self.host = context.getTaskInfos()[self.rank].address.rsplit(":", 1)[0]
-        self.device = gpu(context)
+        self.choice, self.device = Choice(), CPU
+        self.staging: Staging | None = None
         self.store: Store | None = None
-        self.mail = mailbox() if share_memory and not recipe.apart and self.device is None and available() else None
+        self.mail = mailbox() if share_memory and not recipe.apart and available() else None
         self.memory: Window | None = None
 
     def gather(self, mine: Batch | None, failure: dict[str, str] | None, held: Batch | None = None) -> list[dict[str, Any]]:
@@ -47,17 +51,21 @@ class Hall:
         hello = {
             "host": self.host, "port": port, "mail": self.mail.address if self.mail else "", "failure": failure is not None,
             "rows": mine.rows if mine else 0, "shapes": shapes(mine or held),
+            "gpu": asdict(look_at_gpu(gpus(), self.recipe.device, self.host)),
         }  # fmt: skip
         return [json.loads(told) for told in self.context.allGather(json.dumps(hello))]
 
     def enter(self, everyone: list[dict[str, Any]]) -> Meeting:
+        """Raises RecipeError, on all ranks alike, where they cannot compute on what the recipe asks for."""
         recipe, p = self.recipe, len(everyone)
+        told = [Given(**other["gpu"]) for other in everyone]
+        self.choice = decide(told, recipe.device, recipe.apart, recipe.round.exchange is not None and recipe.hierarchical)
+        self.device = self.choice.device(self.rank)
         seen = {r: found for r in range(p) if (found := self._mail_of(r, everyone[r]["mail"])) is not None}
         nodes: tuple[tuple[int, ...], ...] = (tuple(range(p)),)
         if len(seen) < p:
-            if self.store is None:
-                first = everyone[0]
-                self.store = Store(first["host"], first["port"], self.rank == 0, recipe.deadline, self.secret)
+            self._open(everyone[0])
+            assert self.store is not None
             self.store.put(f"node/{self.rank}", json.dumps(sorted({*seen, self.rank})).encode())
             views = [tuple(json.loads(self.store.get(f"node/{r}"))) for r in range(p)]
             nodes = tuple(sorted(set(views)))
@@ -65,17 +73,30 @@ class Hall:
                 raise PeerLost(f"ranks do not agree on who shares memory with whom: {views}")
         place = Place(self.rank, nodes)
         block = self._block(place, seen)
-        rail = leaders = reach = None
+        rail = leaders = reach = near = None
+        if self.device != CPU and self.choice.meeting == "memory":
+            self.staging = Staging(block, self.device)
+        device = self.device if self.choice.meeting == "nccl" and self.device != CPU else None  # else what travels lies on the CPU
+        q = len(nodes[place.node])
+        if device is not None and q > 1:
+            self._open(everyone[0])
+            assert self.store is not None
+            ip = socket.gethostbyname(self.host)
+            near = Group(self.store, f"near{place.node}", place.local, q, ip, device)
         if len(nodes) > 1:
             assert self.store is not None
             ip = socket.gethostbyname(self.host)
             exchange, reach = recipe.round.exchange, (self.store, ip)
             if place.local < (place.rails if exchange is None else 1):
-                device = self.device if exchange is None and not recipe.apart else None  # else what travels lies on the CPU
                 rail = Group(self.store, f"rail{place.local}", place.node, len(nodes), ip, device)
             if place.local == 0:
                 leaders = Group(self.store, "leaders", place.node, len(nodes), ip)
-        return Meeting(place, block, rail, leaders, recipe.round.exchange, reach)
+        return Meeting(place, block, rail, leaders, recipe.round.exchange, reach, near, self.staging)
+
+    def _open(self, first: dict[str, Any]) -> None:
+        """The store, which the first rank serves."""
+        if self.store is None:
+            self.store = Store(first["host"], first["port"], self.rank == 0, self.recipe.deadline, self.secret)
 
     def _mail_of(self, rank: int, address: str) -> Look | None:
         """A rank's mailbox, None where it is on another node."""
@@ -85,24 +106,28 @@ class Hall:
 
     def _block(self, place: Place, seen: dict[int, Look]) -> Block:
         ranks = place.nodes[place.node]
-        size = block_size(self.recipe, len(ranks))
+        size, own = block_size(self.recipe, len(ranks)), self.device != CPU and self.choice.meeting != "memory"
+        n, size = size.n, replace(size, n=0 if own else size.n)
         if len(ranks) == 1:
             block = Block(private(size.nbytes), size, 0, self.recipe.deadline, watch=False)
-            if self.device is not None:
-                block.weights = block.weights.to(self.device)
-                block.grads = [grad.to(self.device) for grad in block.grads]
+            if own:
+                block.take_own(n, size.dtype, self.device)
             return block
         if place.local == 0:
             assert self.mail is not None
             self.memory = create(self.mail, size.nbytes)
         memory = self.memory or join(seen[ranks[0]], self.recipe.deadline)
         block = Block(memory, size, place.local, self.recipe.deadline)
+        if own:
+            block.take_own(n, size.dtype, self.device)
         block.wait()  # all have it open
         self.leave()
         return block
 
     def leave(self) -> None:
-        """Nobody new can look; a block lives on until its last rank lets go."""
+        """Nobody new can look; a block lives on until its last rank lets go, and is not page-locked any more."""
+        if self.staging is not None:
+            self.staging.close()
         for window in (self.mail, self.memory):
             if window is not None:
                 window.close()

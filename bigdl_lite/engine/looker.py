@@ -27,11 +27,12 @@ import torch
 
 from bigdl_lite.algorithms import Update
 from bigdl_lite.comm.window import Look, Window, look
-from bigdl_lite.engine.cache import cached, recipe_of, replica_of
+from bigdl_lite.engine.cache import cached, gradient_of, recipe_of, replica_of
+from bigdl_lite.engine.device import CPU
 from bigdl_lite.engine.order import Order, loads
 from bigdl_lite.engine.shipped import Shipped
 from bigdl_lite.engine.spark import note_of_job
-from bigdl_lite.engine.tasks import failed, local_work, state_in
+from bigdl_lite.engine.tasks import device_of, failed, local_work, state_in
 from bigdl_lite.engine.worker import settle
 from bigdl_lite.model.layout import Layout
 from bigdl_lite.wire import frame as wire
@@ -88,8 +89,10 @@ def _rounds(
         window: Window = cached(base.run, ("window", rank), lambda: Window(nbytes))
     except (OSError, MemoryError) as error:
         return wire.note(wire.BLIND, rank, orders[0].round, f"no memory for {nbytes} bytes of updates: {error}")
-    replica = cached(base.run, "replica", lambda: replica_of(recipe, shipped))
+    device = device_of(base.device, rank)
+    replica = replica_of(recipe, shipped, device)
     target, rates = window.values(found.dtype, found.n), rates_in(board, len(base.rates))
+    gradient = target if device == CPU else gradient_of(recipe, "gradient", device)  # an update on a GPU is copied by put_part
     at, last = first, first + len(orders) - 1
     while at <= last:
         number = _turn(board, seat, f"{first} {window.address}", at, last)
@@ -100,7 +103,7 @@ def _rounds(
             continue
         window.mark(-1)
         now = replace(orders[number - first], rates=tuple(rates.tolist()))
-        update, side = local_work(rank, recipe, replica, lambda: state_in(state, found.n, found.m, found.dtype), lambda: target, now)
+        update, side = local_work(rank, recipe, replica, lambda: state_in(state, found.n, found.m, found.dtype), lambda: gradient, now)
         if side.kind != wire.SIDE:
             return side
         put_part(window, found, update, side)

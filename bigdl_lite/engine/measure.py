@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.data.arrow import nothing
-from bigdl_lite.engine.cache import cached, recipe_of, replica_of, share_of
+from bigdl_lite.engine.cache import recipe_of, replica_of, share_of
+from bigdl_lite.engine.device import current
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.shipped import Shipped
+from bigdl_lite.engine.tasks import device_of
 from bigdl_lite.engine.worker import settle
 from bigdl_lite.errors import report
 from bigdl_lite.wire import frame as wire
@@ -40,13 +42,15 @@ def _measured(rank: int, recipe: Recipe, shipped: Shipped, state: Any, base: Ord
         if held is None:
             return wire.note(wire.MISS, rank, step, None)
     found = recipe.blueprint.layout
-    replica = cached(base.run, "replica", lambda: replica_of(recipe, shipped))
+    device = device_of(base.device, rank)
+    replica = replica_of(recipe, shipped, device)
     weights, buffers = state.value
     replica.weights.copy_(on_bytes(weights, found.dtype))
     replica.buffers = on_bytes(buffers, torch.float64)
     held = nothing(recipe.columns, base.shapes) if held is None else held
     size = max(16, -(-recipe.batch_size // recipe.num_workers))
-    sums = replica.measure(held, recipe.watch.metrics, size)
+    with current(device):
+        sums = replica.measure(held.to(device), recipe.watch.metrics, size)
     lengths = torch.tensor([len(sums), *map(len, sums)], dtype=torch.float64)
     payload = torch.cat([lengths, *sums]).numpy().astype("<f8").tobytes()
     return wire.Frame(wire.SUMS, rank, 0, step, float(rows), len(payload) // 8, payload)

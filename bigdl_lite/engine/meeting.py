@@ -20,6 +20,12 @@ With an exchange (algorithms/exchange.py) nodes are peers, and every node advanc
     node    wait
 
 The sides of other nodes come beside the exchange, from a thread of the first rank.
+
+Where each rank has weights and gradient on a GPU of its own, a group `near` (NCCL) takes the place of the node's memory for vectors:
+
+    near    all-to-all of the node's slices; sum in local order            node
+    rail, self, rail as above
+    near    all-gather of the slices                                       node
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from bigdl_lite.comm.beside import Beside
 from bigdl_lite.comm.block import Block
 from bigdl_lite.comm.comm import Collectives
 from bigdl_lite.comm.room import Room, Table
+from bigdl_lite.engine.device import Staging
 from bigdl_lite.engine.overlap import Overlap
 from bigdl_lite.errors import DivergedError
 from bigdl_lite.model.layout import Blueprint
@@ -78,16 +85,20 @@ class Meeting:
 
     rail    the group of the ranks with this local number, one per node; None on a single node or where this rank owns nothing
     leaders the group of the first ranks of all nodes, which carries sides; None elsewhere
+    near    the group of the ranks of this node, whose vectors are not in the block; None where they are, or there is one rank
+    staging between the block and the GPU of this rank, which has vectors of its own there; None where it computes in the block
 
     With an exchange, which then takes the rail of the first ranks, every rank owns its part of the node's weights.
     """
 
     def __init__(
         self, place: Place, block: Block, rail: Collectives | None, leaders: Collectives | None, exchange: Exchange | None = None,
-        reach: Any = None,
+        reach: Any = None, near: Collectives | None = None, staging: Staging | None = None,
     ) -> None:  # fmt: skip
         self.place, self.block, self.rail, self.leaders, self.exchange = place, block, rail, leaders, exchange
         self.reach = reach  # (store, host), for peers that open doors of their own
+        self.near, self.staging = near, staging
+        self.reads = place.local == 0 or near is not None  # whether no other rank fills these weights
         self.owns = exchange is not None or place.local < place.rails
         self.owners = place.rails * len(place.nodes) if exchange is None else len(place.nodes[place.node])
         self.wished = False  # whether rank 0 wants the state after this step to be kept; known to all after sides()
@@ -136,6 +147,8 @@ class Meeting:
         first = self.place.local * m
         self.slice = list(cuts[first : first + m]) if self.owns else [(0, 0)] * m
         self.cut = self.slice[self.place.node]
+        rest = len(self.place.nodes[self.place.node]) - self.place.rails
+        self._spans = [(cuts[at][0], cuts[at + m - 1][1]) for at in range(0, len(cuts), m)] + [(0, 0)] * rest
 
     def tell(
         self, rows: int, weight: float, loss: float, compute_s: float, data_s: float, buffers: Tensor, wish: bool = False
@@ -184,12 +197,17 @@ class Meeting:
         return total
 
     def combine(self, rule: Combine, weights: Sequence[float]) -> Update:
-        """The combined update of this owner's cut. weights[r] is that of rank r's update."""
+        """The combined update of this owner's cut; of no values where this rank owns none. weights[r] is that of rank r's update."""
         start, stop = self.slice[0][0], self.slice[-1][1]
         ranks = self.place.nodes[self.place.node]
-        update = rule([
-            Update(grad[start:stop], weights[r]) for r, grad in zip(ranks, self.block.grads, strict=True)
-        ])  # fmt: skip
+        if self.near is None:
+            grads = [grad[start:stop] for grad in self.block.grads] if self.owns else []
+        else:
+            mine = self.block.grads[self.place.local]
+            grads = self.near.all_to_all([mine[a:b] for a, b in self._spans])
+        if not self.owns:  # its scheduler goes on like everyone's
+            return Update(self.block.weights.new_empty(0), 1.0)
+        update = rule([Update(grad, weights[r]) for r, grad in zip(ranks, grads, strict=True)])
         if self.rail is None:
             return update
         parts = self.rail.all_to_all([update.vector[a - start : b - start] for a, b in self.slice])
@@ -267,6 +285,9 @@ class Meeting:
         """Makes the advanced weights everyone's. All ranks have them when it returns."""
         if self.rail is not None and self.exchange is None:
             self.rail.all_gather(self.block.weights[slice(*self.cut)], [self.block.weights[a:b] for a, b in self.slice])
+        if self.near is not None:
+            weights = self.block.weights
+            self.near.all_gather(weights[slice(*self._spans[self.place.local])], [weights[a:b] for a, b in self._spans])
         self.block.wait()
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -286,9 +307,9 @@ class Meeting:
     def close(self) -> None:
         if self._overlap is not None:
             self._overlap.close()
-        for group in (self.rail, self.leaders):
-            if group is not None:
-                group.close()
+        for each in (self.rail, self.leaders, self.near):
+            if each is not None:
+                each.close()
 
     def _spread(self, table: Tensor) -> None:
         """Brings the rows that other nodes hold; rows [p, k]. One more wait, where there are other nodes."""

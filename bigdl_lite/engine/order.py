@@ -25,6 +25,7 @@ class Order:
     ask: Ask | None = None  # with an exchange: what is to be summed
     held: tuple[int, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
+    device: str = "cpu"  # or "cuda": where all tasks compute
 
     @property
     def quota(self) -> list[int]:

@@ -64,13 +64,16 @@ class _Rank:
         self.share, self.counts, self.recipe, self.meeting, self.keep, self.held = share, counts, recipe, meeting, keep, held
         self.start, self.observer = start, observer
         self.rank, self.block, method = meeting.place.rank, meeting.block, recipe.round
-        block, moves = self.block, method.local.moves
-        self.weights = block.weights.clone() if moves else block.weights
+        block, self.staging = self.block, meeting.staging
+        self.away = method.local.moves or self.staging is not None  # whether it computes on weights that are not the server's
+        self.weights, gradient = block.weights.clone() if self.away else block.weights, block.grads[meeting.place.local]
+        if self.staging is not None:
+            self.weights, gradient = (torch.empty_like(x, device=self.staging.device) for x in (self.weights, gradient))
         made = start.constants, recipe.loss, recipe.compute
-        self.replica = Replica(recipe.blueprint, self.weights, block.grads[meeting.place.local], *made)
-        self.served = Replica(recipe.blueprint, block.weights, None, *made) if moves else self.replica
+        self.replica = Replica(recipe.blueprint, self.weights, gradient, *made)
+        self.served = Replica(recipe.blueprint, block.weights, None, *made) if self.away else self.replica
         connect(self.replica.module, meeting.all_reduce)
-        if meeting.place.local == 0 and start.weights.data_ptr() != block.weights.data_ptr():
+        if meeting.reads and start.weights.data_ptr() != block.weights.data_ptr():
             block.weights.copy_(start.weights)
         self.replica.buffers = start.buffers
         block.wait()
@@ -116,7 +119,7 @@ class _Rank:
         for at, (a, b) in enumerate(each[past:], past + 1):
             batches, began = [], time.perf_counter()
             for quota in plan[a:b, self.rank]:
-                batches.append(self.share.take(deal[row : row + quota]).to(self.block.weights.device))
+                batches.append(self.share.take(deal[row : row + quota], self.weights.device))
                 row += int(quota)
             mean = self._step(step, epoch, batches, plan[a:b], began)
             step += 1
@@ -128,14 +131,15 @@ class _Rank:
 
     def _step(self, step: int, epoch: int, batches: list[Batch], plan: Any, began: float) -> float:
         """One round: local work, meeting, advance. Returns the mean loss."""
-        meeting, method, block, replica = self.meeting, self.recipe.round, self.block, self.replica
-        if method.local.moves:
-            self.weights.copy_(block.weights)
+        meeting, method, replica = self.meeting, self.recipe.round, self.replica
+        self._load()
         ready, seed = time.perf_counter(), self.recipe.seed
         work = Work(mix(seed, 2, step, self.rank), epoch, self.advancer.rates(), self.rank, step)
         if method.exchange is not None:
             meeting.begin(replica, plan.sum(0).tolist(), step, mix(seed, 3, step))
         update, loss = method.local(replica, batches, work)
+        if self.staging is not None:
+            self.staging.store(replica.gradient)
         done, mine = time.perf_counter(), int(plan[:, self.rank].sum())
         meeting.tell(mine, update.weight, loss, done - ready, ready - began, replica.buffers, self.keep.wish)
         vector = meeting.exchanged() if method.exchange is not None else None
@@ -146,10 +150,8 @@ class _Rank:
         if vector is not None:  # a mean over rows; the loss may weigh them
             rows = sum(side.rows for side in sides)
             update = Update(vector, sum(side.weight for side in sides) / (rows or 1))
-        elif meeting.owns:
+        else:
             update = meeting.combine(method.combine, [side.weight for side in sides])
-        else:  # a slice of no values, whose scheduler goes on like everyone's
-            update = Update(block.weights.new_empty(0), 1.0)
         if meeting.owns:
             measured = self.advancer.measure(update)
         if method.advance.measures:
@@ -197,9 +199,9 @@ class _Rank:
         began, mine = time.perf_counter(), shown(self.advancer)
         before = None if mine is None else self.block.weights[slice(*self.meeting.cut)].clone()
         self._put(mine)
-        self.served.buffers = self.replica.buffers
+        self._load()
         size = max(16, -(-self.recipe.batch_size // self.recipe.num_workers))
-        sums = self.served.measure(self.held.to(self.weights.device), self.recipe.watch.metrics, size)
+        sums = self.replica.measure(self.held.to(self.weights.device), self.recipe.watch.metrics, size)
         flat = torch.cat(sums)
         total = torch.cat([self.meeting.all_reduce(flat[at : at + _SUMS]) for at in range(0, len(flat), _SUMS)])
         self._put(before)
@@ -208,6 +210,13 @@ class _Rank:
             keep_best(self.advancer)
         self.history.validation(step, values, time.perf_counter() - began)
         return values
+
+    def _load(self) -> None:
+        """Takes the server's weights, where this rank has others."""
+        if self.staging is not None:
+            self.staging.load(self.weights)
+        elif self.away:
+            self.weights.copy_(self.block.weights)
 
     def _put(self, *slices: Tensor | None) -> None:
         """Makes the first of these slices that there is everyone's weights. Owners all have one, or none has."""

@@ -72,6 +72,7 @@ class Recipe:
     compute      how a worker computes its part of a step
     watch        rows held out, metrics, and when it is enough
     limit        batches of an epoch at most, for a dry run; None: all
+    device       where workers compute: "auto", "cpu" or "cuda" (see device.py)
     """
 
     blueprint: Blueprint
@@ -92,6 +93,7 @@ class Recipe:
     compute: Compute = field(default_factory=Compute)
     watch: Watch = field(default_factory=Watch)
     limit: int | None = None
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (

@@ -13,26 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from pyspark import RDD, SparkContext
 from torch import Tensor
 
 from bigdl_lite.algorithms import Exchanger, Side, Turn, Update
 from bigdl_lite.batch import mix
 from bigdl_lite.comm.comm import Residual, divided
 from bigdl_lite.comm.window import Window, available
+from bigdl_lite.engine.cluster import Cluster
 from bigdl_lite.engine.measure import measurer_of, sums_of
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import Ask, Packed, packed, to_bytes
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import encrypts, exchange, repeated
+from bigdl_lite.engine.spark import exchange, repeated
 from bigdl_lite.engine.tasks import combined, combiner_of, mapper_of, side_of, state_nbytes
 from bigdl_lite.errors import PeerLost, revive
 from bigdl_lite.wire import frame as wire
 from bigdl_lite.wire.codec import Codec, decoded, group_of
+
+if TYPE_CHECKING:
+    from pyspark import RDD, SparkContext
 
 REFILLS = 20
 SMALL = 1 << 20  # bytes of a vector for which a second stage costs more than it saves
@@ -253,7 +256,7 @@ def _bytes(x: Tensor) -> bytes:
     return x.detach().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def window_for(sc: SparkContext, recipe: Recipe) -> Window | None:
+def window_for(cluster: Cluster, recipe: Recipe) -> Window | None:
     """The driver's memory for weights that workers may look at; None where that is not to be.
 
     Not with Spark's encryption, which asks that nothing moves past it, and not where memory is short: each worker needs
@@ -261,7 +264,7 @@ def window_for(sc: SparkContext, recipe: Recipe) -> Window | None:
     """
     found = recipe.blueprint.layout
     nbytes = state_nbytes(found.n, found.m, found.dtype)
-    if encrypts(sc) or 2 * (recipe.num_workers + 1) * nbytes > available():
+    if cluster.encrypts or 2 * (recipe.num_workers + 1) * nbytes > available():
         return None
     try:
         return Window(nbytes)

@@ -67,6 +67,8 @@ def local_session(
     conf      Spark settings; they win over all that is chosen here
     cluster   (executors, cores each, MB each): executors in processes of their own, which may die one by one
 
+    Where SPARK_REMOTE names a server of Spark Connect, the session is one of that server, which makes its own settings.
+
     Needs no Java: where none is found, the JRE of the [local] extra is used.
 
     Raises  RecipeError when cores or cluster cannot work, RuntimeError when pyspark or a Java is missing.
@@ -79,7 +81,7 @@ def local_session(
     given = {key: _text(value) for key, value in (conf or {}).items()}
     master = _master(cores, cluster)
 
-    if active := _active_session():
+    if active := _active_session() or _remote_session():
         wanted = {**({} if cores is None and cluster is None else {"spark.master": master}), **given}
         _report_reuse(active, wanted)
         return active
@@ -145,6 +147,13 @@ def _active_session() -> SparkSession | None:
     if SparkContext._active_spark_context is not None:
         return SparkSession.builder.getOrCreate()  # without options, so without changing any
     return None
+
+
+def _remote_session() -> SparkSession | None:
+    """The session of the Spark Connect server that the environment names, as spark-submit --remote does."""
+    from pyspark.sql import SparkSession
+
+    return SparkSession.builder.getOrCreate() if os.environ.get("SPARK_REMOTE") else None
 
 
 def _report_reuse(session: SparkSession, wanted: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
     route       bytes                                             for
     memory      stay where they are; executors map them           master = local[...]: one machine, one user
-    broadcast   pieces of 64 MB, each a Spark broadcast           any cluster
+    broadcast   pieces of 64 MB, each a Spark broadcast           any cluster; through Spark Connect see cluster.py
 
 One broadcast of everything would stand in the JVM's heap in one piece; pieces can go to disk. A weight is copied once on
 an executor, from the piece to where it is wanted, and the piece is let go.
@@ -18,13 +18,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pyspark import SparkContext
 from torch import Tensor
 
 from bigdl_lite.algorithms import State
 from bigdl_lite.comm.window import Look, Window, available, look
+from bigdl_lite.engine.cluster import Cluster
 from bigdl_lite.engine.recipe import Resume, Start
-from bigdl_lite.engine.spark import encrypts, on_this_machine
 from bigdl_lite.errors import PeerLost
 from bigdl_lite.wire.codec import on_bytes
 
@@ -61,7 +60,7 @@ class Shipped:
     _window: list[Window] = field(default_factory=list, repr=False)
 
     @staticmethod
-    def send(sc: SparkContext, start: Start, may_map: bool = False) -> Shipped:
+    def send(cluster: Cluster, start: Start, may_map: bool = False) -> Shipped:
         """may_map: whether tasks may look at this process's memory; they must have ended before drop()."""
         tensors = {"weights": start.weights, "buffers": start.buffers, **{_CONSTANT + k: x for k, x in start.constants.items()}}
         resume = start.resume
@@ -72,8 +71,8 @@ class Shipped:
         for name, x in tensors.items():
             places[name] = _Place(at, tuple(x.shape), x.dtype)
             at = -(-(at + places[name].nbytes) // _ALIGN) * _ALIGN
-        made = Shipped(places, at, "", [], uuid.uuid4().hex, sc.applicationId, resume)
-        window = mappable(sc, at) if may_map else None
+        made = Shipped(places, at, "", [], uuid.uuid4().hex, cluster.key, resume)
+        window = mappable(cluster, at) if may_map else None
         if window is not None:
             for name, x in tensors.items():
                 place = places[name]
@@ -81,7 +80,7 @@ class Shipped:
             made._window.append(window)
             made.address = window.address
         else:
-            made.pieces = [sc.broadcast(piece) for piece in _cut(tensors, at)]
+            made.pieces = cluster.send(_cut(tensors, at))
         return made
 
     def read(self, weights: Tensor | None = None) -> Start:
@@ -131,12 +130,12 @@ class Shipped:
         return self.__dict__ | {"_window": []}
 
 
-def mappable(sc: SparkContext, nbytes: int) -> Window | None:
+def mappable(cluster: Cluster, nbytes: int) -> Window | None:
     """Memory of the driver that every task can map; None where tasks may run elsewhere, or where memory is short.
 
     Not with Spark's encryption, which asks that nothing moves past it.
     """
-    if not on_this_machine(sc) or encrypts(sc) or 2 * nbytes > available():
+    if not cluster.beside or cluster.encrypts or 2 * nbytes > available():
         return None
     try:
         return Window(nbytes)

@@ -31,10 +31,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pyspark import RDD, SparkContext, StorageLevel
+from pyspark import StorageLevel
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 from torch import Tensor
 
@@ -44,6 +45,8 @@ from bigdl_lite.batch import rounds
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
+from bigdl_lite.engine.cluster import cluster_of
+from bigdl_lite.engine.device import Given, Noting, decide
 from bigdl_lite.engine.each import told
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
@@ -53,7 +56,7 @@ from bigdl_lite.engine.pack import pack
 from bigdl_lite.engine.recipe import Observer, Outcome, Position, Recipe, Start, dealt, silent
 from bigdl_lite.engine.routes import SMALL, Blind, Coming, ExchangeRoute, Ground, Route, ShuffleRoute, measured, nothing, window_for
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import in_order, is_classic, jobs, on_this_machine, slots
+from bigdl_lite.engine.spark import in_order, is_classic
 from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
 from bigdl_lite.engine.trigger import Moment
 from bigdl_lite.engine.watch import Judge, best_of, keep_best, shown
@@ -62,22 +65,26 @@ from bigdl_lite.errors import RecipeError, blamed, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.replica import Replica
 
+if TYPE_CHECKING:
+    from pyspark import RDD, SparkContext
+
 _LOG = logging.getLogger("bigdl_lite")
 
 
 class ShuffleEngine:
     """share_memory  whether processes of one machine may look at each other's memory; never done with an exchange, nor where
     Spark's encryption is on
+    profile  a ResourceProfile that says what the tasks of workers need, GPUs where the application's own tasks have none
     """
 
     name = "shuffle"
 
-    def __init__(self, share_memory: bool = True) -> None:
-        self.share_memory = share_memory
+    def __init__(self, share_memory: bool = True, profile: ResourceProfile | None = None) -> None:
+        self.share_memory, self.profile = share_memory, profile
 
     def fit(self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer = silent, keep: Keep = forget) -> Outcome:
         """Trains on a frame of recipe.num_workers partitions (see spark.arrange)."""
-        if not is_classic(frame):
+        if not is_classic(frame.sparkSession):
             raise RecipeError("engine='shuffle' needs RDDs, which Spark Connect does not have: take engine='barrier'")
         if any(isinstance(m, SyncBatchNorm) for m in recipe.blueprint.skeleton.modules()):
             raise RecipeError(
@@ -106,12 +113,12 @@ class ShuffleEngine:
                 "hierarchical=True sums in the memory of a node first, and tasks of the shuffle engine do not meet: take "
                 "engine='barrier', or hierarchical=False"
             )
-        sc = frame.sparkSession.sparkContext
-        window = window_for(sc, recipe) if self.share_memory and exchange is None else None
-        if window is None or not on_this_machine(sc):
-            _check_size(sc, start.weights)
-        with jobs(sc, f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
-            return _Rounds(frame, recipe, start, observer, window, keep).run()
+        cluster = cluster_of(frame.sparkSession)
+        window = window_for(cluster, recipe) if self.share_memory and exchange is None else None
+        if window is None or not cluster.beside:
+            _check_size(frame.sparkSession.sparkContext, start.weights)
+        with cluster.jobs(f"bigdl_lite {recipe.run}: shuffle, {recipe.num_workers} workers"):
+            return _Rounds(frame, recipe, start, observer, window, keep, self.profile).run()
 
 
 def _check_size(sc: SparkContext, weights: Tensor) -> None:
@@ -130,10 +137,11 @@ def _check_size(sc: SparkContext, weights: Tensor) -> None:
 
 class _Rounds:
     def __init__(
-        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, window: Window | None, keep: Keep
+        self, frame: DataFrame, recipe: Recipe, start: Start, observer: Observer, window: Window | None, keep: Keep,
+        profile: ResourceProfile | None,
     ) -> None:  # fmt: skip
-        self.frame, self.recipe, self.window, self.start, self.keep = frame, recipe, window, start, keep
-        self.sc = frame.sparkSession.sparkContext
+        self.frame, self.recipe, self.window, self.start, self.keep, self.profile = frame, recipe, window, start, keep, profile
+        self.sc, cluster = frame.sparkSession.sparkContext, cluster_of(frame.sparkSession)
         found = recipe.blueprint.layout
         if window is None:
             self.weights = start.weights.clone()
@@ -146,7 +154,7 @@ class _Rounds:
         self.judge = Judge(recipe.watch, sums.get("judge") if sums else None)
         self.observer = observer
         self.replica = Replica(recipe.blueprint, self.weights, None, start.constants, recipe.loss)
-        self.free = slots(frame.sparkSession)
+        self.free = cluster.slots(profile)
         self.owners = max(1, min(recipe.num_workers, self.free))
         exchange = recipe.round.exchange
         k = 1 if self.weights.nbytes < SMALL or exchange is not None else self.owners
@@ -162,14 +170,14 @@ class _Rounds:
             self.exchanger = exchange.start(recipe.blueprint, comm)
             if start.resume:
                 put_back(exchange, self.exchanger, start.resume.state, comm)
-        self.shipped = Shipped.send(self.sc, replace(start, weights=start.weights[:0], resume=None), may_map=window is not None)
+        self.shipped = Shipped.send(cluster, replace(start, weights=start.weights[:0], resume=None), may_map=window is not None)
         self.static = self.sc.broadcast(pack(recipe))
 
     def run(self) -> Outcome:
         tokens = self._ingest().persist(StorageLevel.MEMORY_AND_DISK)
         route: Route | None = None
         try:
-            counts, held, found, sees = self._counts(tokens)
+            counts, held, found, sees, device = self._counts(tokens)
             plan = self.recipe.plan(counts)
             resume = self.start.resume
             self.history.start(self.recipe.steps(len(plan)), self.recipe.epochs, int(plan.sum()), resume.sums if resume else None)
@@ -177,7 +185,8 @@ class _Rounds:
                 resume.check(dealt(self.recipe, counts, resume.now))
             begins = np.cumsum(plan, axis=0) - plan
             rates = tuple(self.advancers[0].rates())
-            base = Order(self.recipe.run, counts, tuple(self.cuts), rates=rates, held=held, shapes=tuple(map(tuple, found)))
+            shapes = tuple(map(tuple, found))
+            base = Order(self.recipe.run, counts, tuple(self.cuts), rates=rates, held=held, shapes=shapes, device=device)
             ground = Ground(
                 self.sc, tokens, self.recipe, self.static, self.shipped, base,
                 lambda missing: self.sc.runJob(self._ingest(), list, missing),
@@ -288,10 +297,13 @@ class _Rounds:
     def _ingest(self) -> RDD[Any]:
         """One token a partition; computing it puts the decoded share on the executor's disk."""
         address = self.window.address if self.window is not None else ""
-        return self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address, versions()), TOKEN).rdd
+        rows = self.frame.mapInArrow(decoder_of(self.static, self.recipe.run, address, versions()), TOKEN).rdd
+        return rows if self.profile is None else rows.withResources(self.profile)  # and so is every stage that these are part of
 
-    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Shapes, bool]:
-        """Rows of every share, and those held out; the shapes of one row; and whether all workers see the driver's memory."""
+    def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Shapes, bool, str]:
+        """Rows of every share, and those held out; the shapes of one row; whether all workers see the driver's memory; and the
+        kind of device that all compute on.
+        """
         told = {token.partition: token for token in tokens.collect()}
         errors = [json.loads(told[i].error) for i in sorted(told) if told[i].error]
         if errors:
@@ -301,7 +313,9 @@ class _Rounds:
         found = agree([json.loads(told[i].shapes) for i in workers], self.recipe.columns)
         counts, held = tuple(told[i].rows for i in workers), tuple(told[i].held for i in workers)
         self.recipe.check_held(counts, sum(held))
-        return counts, held, found, all(told[i].sees for i in workers)
+        choice = decide([Given(**json.loads(told[i].gpu)) for i in workers], self.recipe.device, apart=True)
+        Noting(self.observer).note(choice.line, choice.warns)
+        return counts, held, found, all(told[i].sees for i in workers), "cuda" if choice.indices else "cpu"
 
     def _round(self, route: Route, order: Order, coming: Coming = nothing) -> float:
         """One round; returns its mean loss."""

@@ -1,22 +1,21 @@
 """The door to Spark: frames in shape for the engines, slots, jobs that can be cancelled. Version differences end here.
 
-    p  workers
+p  workers
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from pyspark import RDD, InheritableThread, SparkContext, TaskContext
+from pyspark import InheritableThread, TaskContext
+from pyspark.errors import PySparkException
 from pyspark.serializers import NoOpSerializer, pack_long
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -35,6 +34,16 @@ from pyspark.sql.types import (
 
 from bigdl_lite.data.columns import Columns, Decoder, Name, describe, field, flat, require, title
 from bigdl_lite.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from pyspark import RDD, SparkContext
+
+try:
+    from py4j.protocol import Py4JJavaError
+except ImportError:  # the client of Spark Connect alone has no JVM to speak to
+    SPARK_ERRORS: tuple[type[Exception], ...] = (PySparkException,)
+else:
+    SPARK_ERRORS = (PySparkException, Py4JJavaError)
 
 ROW = "__bigdl_lite_row"  # the column of row numbers, where rows have to be put in order again
 
@@ -126,9 +135,22 @@ def read_columns(
     return describe(pa.schema(fields), inputs, label, floating, decoders, label_dtype, ROW if ROW in frame.columns else None)
 
 
-def is_classic(frame: DataFrame) -> bool:
-    """Whether the frame lives in a session with a JVM of its own (and not behind Spark Connect)."""
-    return hasattr(frame, "_jdf")
+def is_classic(session: SparkSession) -> bool:
+    """Whether there is a JVM of its own, and not a server of Spark Connect."""
+    return hasattr(session, "_jsparkSession")
+
+
+def active_session() -> SparkSession:
+    """The session of this thread; else the one that the program has made, or makes."""
+    return SparkSession.getActiveSession() or SparkSession.builder.getOrCreate()
+
+
+def is_rdd(given: Any) -> bool:
+    try:
+        from pyspark import RDD
+    except ImportError:  # the client of Spark Connect alone
+        return False
+    return isinstance(given, RDD)
 
 
 def slots(spark: SparkSession) -> int:
@@ -166,23 +188,6 @@ def collect(frame: DataFrame) -> pa.Table:
     return pa.Table.from_batches(batches, schema) if batches else schema.empty_table()
 
 
-def stream(frame: DataFrame) -> Iterator[Any]:
-    """All rows, one job for each partition, so that neither the driver's JVM nor this process holds them all.
-
-    Not frame.toLocalIterator(): in Spark 4.3 the JVM keeps all that it has handed over until the end.
-    """
-    rdd = frame.rdd
-    for partition in range(rdd.getNumPartitions()):
-        yield from rdd.context.runJob(rdd, iter, [partition])
-
-
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C lies behind an error: pyspark's cleaning-up may raise "job cancelled" over the KeyboardInterrupt."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
 Keyed = Iterator[tuple[int, bytes]]
 
 
@@ -195,6 +200,8 @@ def exchange(
     The bytes cross every border between Python and the JVM as they are. rdd.partitionBy would pickle them on each side and
     hold a task's whole output until it is complete (4 times the copies, half the speed for 25 M parameters).
     """
+    from pyspark import RDD
+
     sc = rdd.context
     made = rdd.mapPartitionsWithIndex(_packed(mapper), preservesPartitioning=True)
     made._bypass_serializer = True  # as rdd.partitionBy does: an owner of 8 bytes, then its bytes, in turn
@@ -206,9 +213,6 @@ def exchange(
 
 
 _NOTE = "bigdl_lite.note"
-_ENCRYPTION = (
-    "spark.io.encryption.enabled", "spark.network.crypto.enabled", "spark.authenticate.enableSaslEncryption", "spark.ssl.rpc.enabled",
-)  # fmt: skip
 
 
 def repeated(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]]) -> Callable[..., list[bytes]]:
@@ -217,6 +221,8 @@ def repeated(rdd: RDD[Any], task: Callable[[int, Iterable[Any]], Iterator[bytes]
     The task is made and sent to Spark once. What changes is the note, which a task reads with note_of_job(), and what Spark's own
     pages call the job; "": as it was called before.
     """
+    from pyspark import RDD
+
     sc = rdd.context
     made = rdd.mapPartitionsWithIndex(task, preservesPartitioning=True)
     made._bypass_serializer = True
@@ -278,22 +284,6 @@ def note_of_job() -> str:
     return context.getLocalProperty(_NOTE) or ""
 
 
-def on_this_machine(sc: SparkContext) -> bool:
-    """Whether all tasks run beside the driver (local[...]), so that they see the memory of this process."""
-    return sc.master.split("[")[0] == "local"
-
-
-def is_elastic(sc: SparkContext) -> bool:
-    """Whether executors come and go by themselves; Spark runs no barrier stage then."""
-    return sc.getConf().get("spark.dynamicAllocation.enabled", "false").lower() == "true"
-
-
-def encrypts(sc: SparkContext) -> bool:
-    """Whether the user asked Spark to encrypt what it moves or writes."""
-    conf = sc.getConf()
-    return any(conf.get(name, "false").lower() == "true" for name in _ENCRYPTION)
-
-
 def _packed(mapper: Callable[[int, Iterable[Any]], Keyed]) -> Callable[[int, Iterable[Any]], Iterator[bytes]]:
     def run(partition: int, rows: Iterable[Any]) -> Iterator[bytes]:
         for owner, data in mapper(partition, rows):
@@ -303,41 +293,14 @@ def _packed(mapper: Callable[[int, Iterable[Any]], Keyed]) -> Callable[[int, Ite
     return run
 
 
-@contextlib.contextmanager
-def jobs(sc: SparkContext, description: str) -> Iterator[str]:
-    """Jobs started inside carry a tag and a description, and are cancelled where the block ends in an exception.
-
-    Ctrl-C in the driver, or a cancelled notebook cell, thus ends the tasks too. The user's own tags, groups and
-    description are left as they were.
-    """
-    tag = f"bigdl_lite-{uuid.uuid4().hex[:12]}"
-    before = sc.getLocalProperty("spark.job.description")
-    sc.addJobTag(tag)
-    sc.setJobDescription(description)
-    try:
-        yield tag
-    except BaseException as error:
-        with contextlib.suppress(Exception):  # a stopped context has no job left to cancel
-            sc.cancelJobsWithTag(tag)
-        if _interrupted(error):
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        with contextlib.suppress(Exception):
-            sc.removeJobTag(tag)
-            sc.setJobDescription(before)
-
-
 def partition_id() -> int:
     """The partition that this task works on; -1 where there is no task."""
     context = TaskContext.get()
     return context.partitionId() if context else -1
 
 
-def gpu(context: TaskContext) -> torch.device | None:
-    """The GPU that Spark gave to this task, if it gave one and torch can use it."""
-    given = context.resources().get("gpu")
-    if given is None or not given.addresses or not torch.cuda.is_available():
-        return None
-    index = int(given.addresses[0])
-    return torch.device("cuda", index if index < torch.cuda.device_count() else 0)
+def gpus() -> tuple[str, ...]:
+    """Inside a task: the addresses of the GPUs that Spark gave to it."""
+    context = TaskContext.get()
+    given = context.resources().get("gpu") if context else None
+    return tuple(given.addresses) if given else ()

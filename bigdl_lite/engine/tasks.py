@@ -11,7 +11,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
+from socket import gethostname
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,14 @@ from bigdl_lite.batch import Batch, mix, order
 from bigdl_lite.comm.window import Look, look
 from bigdl_lite.data.arrow import shapes, shares
 from bigdl_lite.data.store import save
-from bigdl_lite.engine.cache import cached, folder, forget, recipe_of, replica_of, share_of
+from bigdl_lite.engine.cache import cached, folder, forget, gradient_of, recipe_of, replica_of, share_of
+from bigdl_lite.engine.device import CPU, current, task_device
+from bigdl_lite.engine.device import look as look_at_gpu
 from bigdl_lite.engine.order import Order
 from bigdl_lite.engine.recipe import Recipe
 from bigdl_lite.engine.replay import from_bytes, message, unpacked
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import Keyed, partition_id
+from bigdl_lite.engine.spark import Keyed, gpus, partition_id
 from bigdl_lite.engine.worker import require_versions, settle
 from bigdl_lite.errors import report
 from bigdl_lite.model.replica import Replica
@@ -38,17 +42,17 @@ from bigdl_lite.wire.codec import Codec, Raw, decoded, encoded, on_bytes
 
 # ---- shares -----------------------------------------------------------------------------------------------------------
 
-TOKEN = "partition int, rows long, held long, shapes string, error string, sees boolean"
+TOKEN = "partition int, rows long, held long, shapes string, error string, sees boolean, gpu string"
 _TOKEN = pa.schema([
     ("partition", pa.int32()), ("rows", pa.int64()), ("held", pa.int64()), ("shapes", pa.string()), ("error", pa.string()),
-    ("sees", pa.bool_()),
+    ("sees", pa.bool_()), ("gpu", pa.string()),
 ])  # fmt: skip
 
 
 def decoder_of(
     static: Any, run: str, address: str, versions: dict[str, str]
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Puts the decoded share on this executor's disk. sees: whether the driver's memory at `address` can be seen here.
+    """Puts the decoded share on this executor's disk. sees: whether the driver's memory at `address` can be seen here; gpu: a Given.
 
     versions  of the driver's packages, which must be those of this executor
     """
@@ -57,10 +61,13 @@ def decoder_of(
         settle()
         partition = partition_id()
         sees = bool(address) and look(address) is not None
-        told: dict[str, Any] = {"partition": partition, "rows": 0, "held": 0, "shapes": "null", "error": None, "sees": sees}
+        told: dict[str, Any] = {
+            "partition": partition, "rows": 0, "held": 0, "shapes": "null", "error": None, "sees": sees, "gpu": "{}",
+        }  # fmt: skip
         try:
             require_versions(versions)
             recipe = recipe_of(static, run)
+            told["gpu"] = json.dumps(asdict(look_at_gpu(gpus(), recipe.device, gethostname())))
             found, held = shares(batches, recipe.columns, partition, recipe.watch.holdout)
             for key, rows, part in ((str(partition), "rows", found), (f"{partition}-held", "held", held)):
                 if part is not None:
@@ -85,7 +92,16 @@ def remover_of(run: str) -> Callable[[Iterable[Any]], None]:
 # ---- the local work ---------------------------------------------------------------------------------------------------
 
 
-def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
+def device_of(kind: str, rank: int) -> torch.device:
+    """Where this task computes, one of many that were all found to have a GPU or not; RecipeError where this one has none."""
+    return CPU if kind == "cpu" else task_device(gpus(), kind, rank)[0]
+
+
+def _on_cpu(update: Update | None, side: wire.Frame) -> tuple[Update | None, wire.Frame]:
+    return None if update is None else replace(update, vector=update.vector.cpu()), side
+
+
+def _rows(rank: int, recipe: Recipe, now: Order, device: torch.device) -> list[Batch] | None:
     """This rank's batches of the round; None where its share is not on this executor."""
     rows = share_of(now.run, rank, str(rank), now.counts[rank])
     if rows is None:
@@ -95,7 +111,7 @@ def _rows(rank: int, recipe: Recipe, now: Order) -> list[Batch] | None:
         dealt.clear()
         dealt[now.epoch] = order(rows.rows, recipe.seed, now.epoch, rank)
     edges = [now.first[rank], *(now.first[rank] + done for done in accumulate(now.batches[rank]))]
-    return [rows.take(dealt[now.epoch][a:b]) for a, b in pairwise(edges)]
+    return [rows.take(dealt[now.epoch][a:b], device) for a, b in pairwise(edges)]
 
 
 def local_work(
@@ -110,7 +126,8 @@ def local_work(
     began = time.perf_counter()
     if not now.quota[rank]:
         return None, _side(Side(rank, 0, 0.0, 0.0, 0.0, 0.0, state()[1]), now.round)
-    batches = _rows(rank, recipe, now)
+    device = replica.weights.device
+    batches = _rows(rank, recipe, now, device)
     if batches is None:
         return None, wire.note(wire.MISS, rank, now.round, None)
     weights, buffers = state()
@@ -119,7 +136,8 @@ def local_work(
     replica.write_to(gradient())
     ready = time.perf_counter()
     work = Work(mix(recipe.seed, 2, now.round, rank), now.epoch, now.rates, rank, now.round)
-    update, loss = recipe.round.local(replica, batches, work)
+    with current(device):
+        update, loss = recipe.round.local(replica, batches, work)
     done = time.perf_counter()
     side = Side(rank, now.quota[rank], update.weight, loss, done - ready, ready - began, replica.buffers)
     return update, _side(side, now.round)
@@ -167,22 +185,23 @@ def mapper_of(static: Any, shipped: Shipped, state: Any, now: Order) -> Callable
 
 def _by_value(rank: int, recipe: Recipe, shipped: Shipped, state: Any, now: Order) -> Keyed:
     found = recipe.blueprint.layout
-    replica = cached(now.run, "replica", lambda: replica_of(recipe, shipped))
+    device = device_of(now.device, rank)
+    replica = replica_of(recipe, shipped, device)
     key = "gradient" if now.ask is None else ("gradient", rank)
-    gradient = lambda: cached(now.run, key, lambda: torch.zeros(found.n, dtype=found.dtype))  # noqa: E731
+    gradient = lambda: gradient_of(recipe, key, device)  # noqa: E731
 
     def received() -> tuple[Tensor, Tensor]:
         weights, buffers, *_ = state.value
         return on_bytes(weights, found.dtype), on_bytes(buffers, torch.float64)
 
     if now.ask is None:
-        update, side = local_work(rank, recipe, replica, received, gradient, now)
+        update, side = _on_cpu(*local_work(rank, recipe, replica, received, gradient, now))
         vector = None if update is None else update.vector
     else:
         kept = cached(now.run, ("update", rank), dict)  # of one round, so that its later jobs need not compute again
         if now.round not in kept:
             kept.clear()
-            kept[now.round] = local_work(rank, recipe, replica, received, gradient, now)
+            kept[now.round] = _on_cpu(*local_work(rank, recipe, replica, received, gradient, now))
         update, side = kept[now.round]
         if side.kind != wire.SIDE:
             kept.clear()

@@ -1,7 +1,7 @@
 """A Table as stages of a pyspark.ml Pipeline: TableEncoder fits it, TableEncoderModel adds the columns.
 
-    <path>/metadata/     as every pyspark.ml stage writes it
-    <path>/table.json    the categories, means and standard deviations; nothing in it is ever executed
+<path>/metadata/     as every pyspark.ml stage writes it
+<path>/table.json    the categories, means and standard deviations; nothing in it is ever executed
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pyspark.ml.util import (
     DefaultParamsReadable,
     DefaultParamsReader,
     DefaultParamsWritable,
-    DefaultParamsWriter,
     MLReadable,
     MLReader,
     MLWritable,
@@ -23,6 +22,7 @@ from pyspark.ml.util import (
 from pyspark.sql import DataFrame
 
 from bigdl_lite.data import files
+from bigdl_lite.engine.stage import StageReader, StageWriter
 from bigdl_lite.errors import RecipeError, WireError
 from bigdl_lite.features.embed import FittedTable, Table
 
@@ -110,19 +110,19 @@ class TableEncoderModel(_Columns, Model, MLWritable, MLReadable["TableEncoderMod
         return _Reader()
 
 
-class _Writer(MLWriter):
+class _Writer(StageWriter):
     def __init__(self, model: TableEncoderModel) -> None:
         super().__init__()
         self.model = model
 
     def saveImpl(self, path: str) -> None:
-        DefaultParamsWriter.saveMetadata(self.model, path, self.sc)
+        self.metadata(self.model, path)
         self.model.fitted.save(f"{path}/table.json")
 
 
-class _Reader(MLReader[Any]):
+class _Reader(StageReader):
     def load(self, path: str) -> TableEncoderModel:
-        metadata = DefaultParamsReader.loadMetadata(path, self.sc)
+        metadata = self.metadata(path)
         try:
             model = TableEncoderModel(FittedTable.from_json(files.read(f"{path}/table.json")))
         except FileNotFoundError as error:

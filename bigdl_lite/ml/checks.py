@@ -237,16 +237,19 @@ def gpu(facts: Facts) -> list[Found]:
             return [_fail(f"spark.task.resource.gpu.amount={amount}, and no task was given a GPU", advice)]
         idle = next((place for place in tasks if place.gpu_devices), None)
         if idle:
-            advice = "set spark.executor.resource.gpu.amount, a discovery script, spark.task.resource.gpu.amount=1; not in local[...]"
+            advice = (
+                "set spark.executor.resource.gpu.amount, a discovery script, and spark.task.resource.gpu.amount=1 (or resourceProfile "
+                "of the estimator); in local[...] device='cuda' takes them"
+            )
             return [_warn(f"{idle.host} has {_count(idle.gpu_devices, 'GPU')}, and tasks are given none", advice)]
         return [_ok("none there, none asked for: workers compute on the CPU")]
     blind = next((place for place in given if place.cuda != "yes"), None)
     if blind:
-        advice = "install a torch with CUDA, and its driver, on the executors; until then workers compute on the CPU"
+        advice = "until a torch with CUDA, and its driver, is there and sees that GPU, all workers compute on CPUs"
         return [_fail(f"{blind.host} gives GPU {', '.join(blind.gpus)} to a task, and there {blind.cuda}", advice)]
     found = f"{len(given)} of {_count(len(tasks), 'task')} have a GPU that torch can use"
     if 0 < float(amount) < 1:
-        advice = "set it to 1 for NCCL, which needs a GPU a worker"
+        advice = "workers that share one meet in memory; set it to 1 for NCCL, which needs a GPU a worker"
         return [_warn(f"{found}, and share it: spark.task.resource.gpu.amount={amount}", advice)]
     return [_ok(found)]
 

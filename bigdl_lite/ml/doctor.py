@@ -1,8 +1,8 @@
 """doctor(spark): what a session is for a fit, before the first one.
 
-    facts.py     settings, one job over all slots, one tiny barrier stage   -> Facts
-    checks.py    ten rules                                                  Facts -> what was found, what to do
-    here         Diagnosis, a value whose repr is a table
+facts.py     settings, one job over all slots, one tiny barrier stage   -> Facts
+checks.py    ten rules                                                  Facts -> what was found, what to do
+here         Diagnosis, a value whose repr is a table
 """
 
 from __future__ import annotations
@@ -92,14 +92,13 @@ def diagnose(facts: Facts, clock: Callable[[], float] = lambda: 0.0) -> Diagnosi
     """All rules over facts."""
     checks = tuple(_check(name, RULES[name], facts) for name in RULES)
     engine, why = choice(facts)
-    about = f"bigdl_lite {VERSION} on Spark {_or(lambda: facts.spark, '?')}, {_or(lambda: facts.master, 'Spark Connect')}"
+    through = "" if facts.classic else "Spark Connect to "
+    about = f"bigdl_lite {VERSION} on Spark {_or(lambda: facts.spark, '?')}, {through}{_or(lambda: facts.master, '?')}"
     return Diagnosis(checks, engine, why, about, round(clock(), 3))
 
 
 def choice(facts: Facts) -> tuple[str, str]:
     """What engine="auto" takes (ml/engines.py decides), and the reason; ("", reason) where nothing can train."""
-    if not facts.classic:
-        return "", "no engine trains through Spark Connect: run the program where the driver is, with spark-submit or local_session()"
     try:
         engine, p = facts.engine, facts.slots
     except Exception as error:
@@ -108,6 +107,8 @@ def choice(facts: Facts) -> tuple[str, str]:
         if facts.elastic:
             return engine, "executors come and go (spark.dynamicAllocation.enabled), and Spark has no barrier stage there"
         return engine, "Spark's encryption is on, and ranks of several machines would speak past it in clear"
+    if not facts.classic:
+        return engine, f"{p} workers fit into {p} slots at once; through Spark Connect there is no shuffle"
     why = f"{p} workers fit into {p} slots at once, " + (
         "on one machine" if facts.local else "the number of executors is fixed, and Spark encrypts nothing"
     )

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyspark import RDD
 from pyspark.ml import Estimator
 from pyspark.ml.param.shared import HasProbabilityCol, HasRawPredictionCol
 from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
@@ -32,6 +31,7 @@ from bigdl_lite.model.loss import ELEMENTWISE_LOSSES, Squeezed, rule_of
 from bigdl_lite.wire.codec import Codec
 
 if TYPE_CHECKING:
+    from pyspark import RDD
     from pyspark.ml._typing import ParamMap
 
 
@@ -54,6 +54,9 @@ class TorchEstimator(Estimator, HasTraining, MLWritable, MLReadable["TorchEstima
     batchSize         rows of one step over ALL workers
     numWorkers        workers, each with a share of the rows; None: all slots
     engine            "auto" | "barrier" | "shuffle" | "local", or an engine object such as BarrierEngine(...)
+    device            where workers compute, and transform: "auto" (the GPU that Spark gave the task, else the CPU), "cpu", or "cuda",
+                      which is an error without a GPU; where executors have GPUs and tasks ask for none, it asks for one a worker
+    resourceProfile   a pyspark ResourceProfile: what the tasks that train need (stage-level scheduling); transform takes none
     algorithm         a name in bigdl_lite.algorithms.CATALOGUE ("sync-sgd", "local-sgd", ...), or a function optimizer -> Round
     exchange          how updates travel between workers: a name in bigdl_lite.algorithms.EXCHANGES ("bf16", "topk", ...), a
                       codec, or an exchange; not set: as they are. Each worker is a peer, so that the result does not depend on

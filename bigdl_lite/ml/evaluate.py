@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from bigdl_lite.batch import Batch
 from bigdl_lite.data.arrow import tensor
 from bigdl_lite.data.columns import Column, Columns, field
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.pack import check, pack, unpack
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import collect, jobs, partition_id, read_columns, select
+from bigdl_lite.engine.spark import collect, partition_id, read_columns, select
 from bigdl_lite.engine.worker import require_versions, settle, versions
 from bigdl_lite.errors import DataError, RecipeError, report, revive
 from bigdl_lite.ml.loss import Loss
@@ -74,7 +75,7 @@ def evaluate(model: Any, frame: DataFrame, metrics: Any, label: str | None, weig
     task = _task(pack(scorer), pack(job), model._ship(frame.sparkSession))
     if model._given("handleInvalid") == "skip":
         frame = usable(frame, names)
-    with computed(), jobs(frame.sparkSession.sparkContext, "bigdl_lite: evaluate"):
+    with computed(), cluster_of(frame.sparkSession).jobs("bigdl_lite: evaluate"):
         table = collect(select(frame, names).mapInArrow(task, _TOKEN))
     return _values(sorted(table.to_pylist(), key=lambda told: told["partition"]), chosen)
 

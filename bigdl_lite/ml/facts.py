@@ -1,21 +1,22 @@
 """What doctor() asks of a session: a few settings, one job over all slots, one tiny barrier stage. The rules are in checks.py.
 
-    p  tasks, one for each slot
+p  tasks, one for each slot
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pyspark import InheritableThread, SparkContext
+from pyspark import InheritableThread
 from pyspark.sql import SparkSession
 
 from bigdl_lite.algorithms import method
@@ -23,9 +24,13 @@ from bigdl_lite.algorithms.parts import TorchOptimizer
 from bigdl_lite.comm.door import Service
 from bigdl_lite.comm.link import Link
 from bigdl_lite.comm.window import available
-from bigdl_lite.engine.spark import encrypts, is_elastic, jobs, on_this_machine, slots
+from bigdl_lite.engine.cluster import cluster_of
+from bigdl_lite.engine.spark import collect, is_classic
 from bigdl_lite.ml.engines import choose
 from bigdl_lite.ml.probe import LABEL, by_value, here, meet
+
+if TYPE_CHECKING:
+    from pyspark import SparkContext
 
 MEETING = 2.0  # seconds that are left for the barrier stage; it takes one, most of it an all-gather of Spark's
 SETTINGS = (
@@ -101,41 +106,43 @@ def gather(spark: SparkSession, seconds: float) -> Facts:
         "conf": {name: str(found) for name, found in conf.items() if not isinstance(found, Exception)},
         "driver": _try(lambda: Place(**next(here(None, 0.0, available)(())))),
     }
-    try:
-        sc = spark.sparkContext
-    except Exception:  # Spark Connect raises an error of its own kind in each version
-        return Facts(**known, classic=False).but(**dict.fromkeys(_OF_CONTEXT, Unknown("Spark Connect does not tell it")))
-    jvm = sc._jvm
+    cluster = cluster_of(spark)
     known |= {
-        "classic": True,
-        "java": _try(lambda: str(jvm.java.lang.System.getProperty("java.version"))),
-        "heap": _try(lambda: int(jvm.java.lang.Runtime.getRuntime().maxMemory())),
-        "most_result": _try(lambda: int(sc._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))),
-        "master": _try(lambda: str(sc.master)),
-        "local": _try(lambda: on_this_machine(sc)),
-        "elastic": _try(lambda: is_elastic(sc)),
-        "encrypts": _try(lambda: encrypts(sc)),
-        "slots": _try(lambda: slots(spark)),
+        "classic": is_classic(spark),
+        "master": _try(lambda: str(cluster.master)),
+        "local": _try(lambda: cluster.beside),
+        "elastic": _try(lambda: cluster.elastic),
+        "encrypts": _try(lambda: cluster.encrypts),
+        "slots": _try(cluster.slots),
         "engine": _try(lambda: _choice(spark)),
     }
+    known |= _of_jvm(spark) if known["classic"] else dict.fromkeys(_OF_JVM, Unknown("Spark Connect does not tell it"))
     facts, token = Facts(**known, ranks=Unknown("no barrier stage was tried")), secrets.token_hex(16)
     with contextlib.ExitStack() as stack:
-        door = _try(lambda: stack.enter_context(_door(sc.getConf().get("spark.driver.host", "127.0.0.1"), token)))
+        door = _try(lambda: stack.enter_context(_door(cluster.host(), token)))
         way = None if isinstance(door, Exception) else (*door, token)
         look = here(way, 1.0, by_value(available))
-        tasks = _try(lambda: _ask(sc, "all slots", look, facts.slots, until - MEETING))
+        tasks = _try(lambda: _ask(spark, "all slots", look, facts.slots, until - MEETING))
     facts = facts.but(door=door, tasks=tasks if isinstance(tasks, Exception) else [Place(**told) for told in tasks])
     if isinstance(tasks, Exception) or _try(lambda: facts.elastic and not facts.local):
         return facts
     began = time.monotonic()
-    ranks = _try(lambda: _ask(sc, "barrier", meet(token, 1.5), facts.slots, until, barrier=True))
+    ranks = _try(lambda: _ask(spark, "barrier", meet(token, 1.5), facts.slots, until, barrier=True))
     met = ranks if isinstance(ranks, Exception) else [Rank(**told) for told in ranks]
     return facts.but(ranks=met, met_s=time.monotonic() - began)
 
 
-_OF_CONTEXT = (
-    "java", "heap", "most_result", "master", "local", "elastic", "encrypts", "slots", "engine", "door", "tasks", "ranks", "met_s",
-)  # fmt: skip
+_OF_JVM = ("java", "heap", "most_result")
+
+
+def _of_jvm(spark: SparkSession) -> dict[str, Any]:
+    sc = spark.sparkContext
+    jvm = sc._jvm
+    return {
+        "java": _try(lambda: str(jvm.java.lang.System.getProperty("java.version"))),
+        "heap": _try(lambda: int(jvm.java.lang.Runtime.getRuntime().maxMemory())),
+        "most_result": _try(lambda: int(sc._jsc.sc().conf().getSizeAsBytes("spark.driver.maxResultSize", "1g"))),
+    }
 
 
 def _try(ask: Callable[[], Any]) -> Any:
@@ -165,10 +172,10 @@ def _silent(link: Link) -> None:
 
 
 def _ask(
-    sc: SparkContext, what: str, task: Callable[[Iterable[Any]], Iterator[Any]], p: int, until: float, barrier: bool = False
+    spark: SparkSession, what: str, task: Callable[[Iterable[Any]], Iterator[Any]], p: int, until: float, barrier: bool = False
 ) -> list[Any]:
     """What p tasks answer, in a job that is cancelled at `until`. Raises TimeoutError then, or Spark's own error."""
-    seconds = max(0.1, until - time.monotonic())
+    seconds, cluster = max(0.1, until - time.monotonic()), cluster_of(spark)
     if p < 1:
         raise Unknown("the application has no slot")
     future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
@@ -177,20 +184,20 @@ def _ask(
 
     def run() -> None:
         try:
-            with jobs(sc, f"bigdl_lite doctor: {what}") as tag:
+            with cluster.jobs(f"bigdl_lite doctor: {what}") as tag:
                 tags.append(tag)
-                rdd: Any = sc.parallelize(range(p), p)
-                told = [] if over.is_set() else (rdd.barrier() if barrier else rdd).mapPartitions(task).collect()
+                told = [] if over.is_set() else _answers(spark, task, p, barrier)
             future.set_result(told)
         except BaseException as error:
             future.set_exception(error)
 
-    thread = InheritableThread(target=run, name="bigdl_lite-doctor", daemon=True)
+    kind: Any = InheritableThread if is_classic(spark) else threading.Thread  # what a thread of Connect inherits is its tags
+    thread = kind(target=run, name="bigdl_lite-doctor", daemon=True)
     thread.start()
     try:
         return future.result(seconds)
     except concurrent.futures.TimeoutError:
-        started = _try(lambda: _started(sc, tags))
+        started = _try(lambda: _started(spark.sparkContext, tags))
         if started == p:
             raise Slow(f"within {seconds:.1f} s the Python workers of {p} tasks did not all start and answer") from None
         some = started if isinstance(started, int) else "not all"  # an older Spark does not tell
@@ -202,8 +209,28 @@ def _ask(
         if not future.done():  # the time is up, or Ctrl-C
             for tag in tags:
                 with contextlib.suppress(Exception):  # a context that was stopped meanwhile
-                    sc.cancelJobsWithTag(tag)
+                    cluster.cancel(tag)
         thread.join(0.2)
+
+
+def _answers(spark: SparkSession, task: Callable[[Iterable[Any]], Iterator[Any]], p: int, barrier: bool) -> list[Any]:
+    if is_classic(spark):
+        rdd: Any = spark.sparkContext.parallelize(range(p), p)
+        return list((rdd.barrier() if barrier else rdd).mapPartitions(task).collect())
+
+    def by_json(batches: Iterator[Any]) -> Iterator[Any]:  # inside, so that it travels by value: executors may lack the package
+        import json
+
+        import pyarrow
+
+        yield pyarrow.RecordBatch.from_pydict({"told": [json.dumps(told) for told in task(batches)]})
+
+    told = collect(spark.range(0, p, 1, p).mapInArrow(by_json, "told string", barrier=barrier)).column("told").to_pylist()
+    answers = [json.loads(line) for line in told]
+    for answer in answers:
+        if "unreached" in answer:  # names in JSON are text
+            answer["unreached"] = {int(rank): why for rank, why in answer["unreached"].items()}
+    return answers
 
 
 def _started(sc: SparkContext, tags: Iterable[str]) -> int:

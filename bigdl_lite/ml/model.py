@@ -16,9 +16,10 @@ from pyspark.sql import functions as F
 from torch import nn
 
 from bigdl_lite.data.columns import Columns
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.recipe import Outcome, Start
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import on_this_machine, read_columns, select
+from bigdl_lite.engine.spark import active_session, read_columns, select
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.head import Head, Heads
 from bigdl_lite.ml.params import HasScoring, check_params, with_setters
@@ -136,7 +137,7 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
         outputs = self._outputs()
         if outputs is not None:
             scorer = replace(scorer, head=scorer.head.renamed(outputs))
-        return function(scorer, self._ship(SparkSession.builder.getOrCreate()))
+        return function(scorer, self._ship(active_session()))
 
     def evaluate(
         self, dataset: DataFrame, metrics: str | Metric | Sequence[str | Metric] = (), labelCol: str | None = None,
@@ -185,7 +186,7 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
                 if not isinstance(head, Heads):
                     raise RecipeError(f"outputCols is {self._given('outputCols')}, but the module returns one tensor: leave it out")
                 head = head.only(list(outputs))
-        if device == "cuda" and on_this_machine(SparkSession.builder.getOrCreate().sparkContext):
+        if device == "cuda" and cluster_of(active_session()).beside:
             require_cuda("this machine has none that torch can use")
         assert self._plan and self._columns
         names = self._inputs() or [c.source for c in self._columns.inputs]
@@ -196,11 +197,11 @@ class TorchModel(Model, HasScoring, MLWritable, MLReadable["TorchModel"]):
 
     def _ship(self, spark: SparkSession) -> Shipped:
         """The weights, sent to the executors once for this model and all its copies."""
-        sc = spark.sparkContext
-        if self._shipped is None or self._shipped.application != sc.applicationId:
+        cluster = cluster_of(spark)
+        if self._shipped is None or self._shipped.application != cluster.key:
             assert self._start is not None
             # never destroyed by us: a lazy DataFrame may outlive this model, and Spark's cleaner frees both together
-            self._shipped = Shipped.send(sc, self._start)
+            self._shipped = Shipped.send(cluster, self._start)
         return self._shipped
 
     def write(self) -> MLWriter:

@@ -76,7 +76,9 @@ class HasScoring(HasInputCols, HasPredictionCol, HasLabelCol):
     outputCols = _param(
         "outputCols", "a column for each output of a module that returns several, {output: column}, in place of predictionCol", _outputs
     )
-    device = _param("device", "where transform computes: 'auto' (the GPU that Spark gave the task, else the CPU), 'cpu', 'cuda'", _text)
+    device = _param(
+        "device", "where fit and transform compute: 'auto' (the GPU that Spark gave the task, else the CPU), 'cpu', 'cuda'", _text
+    )
 
     def _inputs(self) -> Any:
         """The names of the inputs, None where none are set. RecipeError where both Params name them."""
@@ -134,6 +136,9 @@ class HasTraining(HasScoring, HasSeed):
     epochs = _param("epochs", "how often each row is seen", _int)
     seed = _param("seed", "of the first weights, of the order of rows and of dropout", _int)
     numWorkers = _param("numWorkers", "workers, each with a share of the rows; not set: all slots", _int)
+    resourceProfile = _param(
+        "resourceProfile", "a pyspark ResourceProfile: what tasks that train need, where those of the application have no GPU, say"
+    )
     engine = _param("engine", "'auto', 'barrier', 'shuffle' or 'local', or an engine object")
     exchange = _param("exchange", "how updates travel: a name from bigdl_lite.algorithms.EXCHANGES, a codec, or an exchange")
     hierarchical = _param(
@@ -230,6 +235,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "inputCols": (lambda names: [] not in names, "a list of names, or of lists that each have a name"),
     "outputCols": (lambda outputs: len(outputs) > 0, "at least one output"),
     "device": (lambda name: name in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
+    "resourceProfile": (lambda given: hasattr(given, "taskResources"), "a pyspark.resource.ResourceProfile"),
     "decoders": (_reads, "a dict from names of columns to Raw(shape, dtype) or to functions from bytes to arrays"),
 }
 

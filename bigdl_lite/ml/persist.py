@@ -18,7 +18,7 @@ from dataclasses import asdict, is_dataclass, replace
 from typing import Any
 
 import torch
-from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
+from pyspark.ml.util import DefaultParamsReader
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
@@ -26,6 +26,7 @@ from torch import nn
 from bigdl_lite.data import files
 from bigdl_lite.data.columns import Column, Columns, Raw
 from bigdl_lite.engine.recipe import Start
+from bigdl_lite.engine.stage import StageReader, StageWriter
 from bigdl_lite.errors import RecipeError, WireError
 from bigdl_lite.ml.head import Head, Heads
 from bigdl_lite.ml.model import TorchModel
@@ -36,7 +37,7 @@ _IMAGE = "bigdl_lite.features.images:Image"
 _PLAIN = (str, int, float, bool, type(None), list)
 
 
-class Writer(MLWriter):
+class Writer(StageWriter):
     def __init__(self, model: TorchModel) -> None:
         super().__init__()
         self.model = model
@@ -46,7 +47,7 @@ class Writer(MLWriter):
         _ = model.module  # a model without its module cannot describe itself
         plan, start = model._plan, model._start
         params = {p.name: value for p, value in model._paramMap.items() if isinstance(value, _PLAIN) or p.name == "outputCols"}
-        DefaultParamsWriter.saveMetadata(model, path, self.sc, paramMap=params)
+        self.metadata(model, path, params)
         tensors = {s.name: s.view(start.weights) for s in plan.layout.parameters}
         tensors |= {f"buffer:{s.name}": s.view(start.buffers) for s in plan.layout.buffers}
         tensors |= {f"constant:{name}": x for name, x in start.constants.items()}
@@ -54,13 +55,13 @@ class Writer(MLWriter):
         files.write(f"{path}/model.json", json.dumps(_describe(model), indent=1).encode())
 
 
-class Reader(MLReader[Any]):
+class Reader(StageReader):
     def __init__(self, cls: type[TorchModel], trust: bool = False) -> None:
         super().__init__()
         self.cls, self.trust = cls, trust
 
     def load(self, path: str) -> TorchModel:
-        metadata = DefaultParamsReader.loadMetadata(path, self.sc)
+        metadata = self.metadata(path)
         try:
             told = json.loads(files.read(f"{path}/model.json"))
             tensors = load_tensors(files.read(f"{path}/weights.safetensors"))
@@ -210,7 +211,7 @@ def fit_into(plan: Blueprint, start: Start, told: dict[str, Any] | None) -> Blue
 
 
 def name_of(maker: Any) -> str | None:
-    """"module:qualname" of a function or class that find will find again; None for everything else."""
+    """ "module:qualname" of a function or class that find will find again; None for everything else."""
     if not (inspect.isfunction(maker) or inspect.isclass(maker)):
         return None
     name = f"{maker.__module__}:{maker.__qualname__}"
@@ -236,4 +237,3 @@ def find(name: str | None, trust: bool = False) -> Any:
         return None
     ours = inspect.isclass(found) and issubclass(found, nn.Module)
     return found if ours or (inspect.isfunction(found) and found.__module__ == place) else None
-

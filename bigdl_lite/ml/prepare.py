@@ -7,10 +7,9 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pyspark import RDD
 from pyspark.sql import DataFrame
 from torch import nn
 
@@ -22,22 +21,27 @@ from bigdl_lite.algorithms.shadow import shadowed
 from bigdl_lite.data.columns import Column, Columns
 from bigdl_lite.data.parquet import FILE
 from bigdl_lite.engine.arrange import arrange
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.local import alone
 from bigdl_lite.engine.pack import check
+from bigdl_lite.engine.profile import profile_for
 from bigdl_lite.engine.recipe import Engine, Outcome, Recipe, Start
-from bigdl_lite.engine.spark import ROW, read_columns, select
+from bigdl_lite.engine.spark import ROW, is_rdd, read_columns, select
 from bigdl_lite.errors import BigDLError, DataError, DivergedError, RecipeError, UserError, report
 from bigdl_lite.ml.engines import choose
 from bigdl_lite.ml.model import TorchModel, model_of
 from bigdl_lite.ml.params import check_params
 from bigdl_lite.ml.resume import about, begin, recovery_of, saving_of
 from bigdl_lite.ml.rows import computed, from_rdd, require_frame, usable
-from bigdl_lite.ml.score import head_of
+from bigdl_lite.ml.score import head_of, require_cuda
 from bigdl_lite.ml.watching import ears_of, watch_of, weighted_by_class
 from bigdl_lite.model.batchnorm import synchronised
 from bigdl_lite.model.layout import Blueprint, blueprint
 from bigdl_lite.model.loss import by_row
 from bigdl_lite.model.replica import Compute, Replica
+
+if TYPE_CHECKING:
+    from pyspark import RDD
 
 _LOG = logging.getLogger("bigdl_lite")
 
@@ -124,7 +128,8 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
     round_ = trying(lambda: with_exchange(round_, given("exchange"), plan), "the exchange")
     replica = Replica(plan, start.weights.clone(), None, constants, loss)
     trying(lambda: round_.advance.check(replica), "the optimizer or scheduler")
-    engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession, round_)
+    profile = _profile(estimator, dataset.sparkSession)
+    engine, p = choose(given("engine"), given("numWorkers"), dataset.sparkSession, round_, profile)
     if round_.peer is not None:
         peer = trying(lambda: round_.peer.prepared(plan, replica, round_.advance, p), "the algorithm")
         round_ = replace(round_, peer=peer)
@@ -144,9 +149,20 @@ def prepare(estimator: Any, dataset: DataFrame | RDD[Any]) -> Job:
         plan, loss, round_, columns, p, given("batchSize"), given("epochs"), given("seed"), given("logInterval"), given("deadline"),
         f"{estimator.uid}-{uuid.uuid4().hex[:8]}", saving_of(estimator), recovery_of(estimator, round_, replica),
         given("maxRecoveries"), given("hierarchical"), Compute(given("accumulation"), given("precision"), given("compile")), watch,
-        given("limitBatches"),
+        given("limitBatches"), given("device"),
     )  # fmt: skip
     return Job(estimator, engine, frame, recipe, start, replica, maker)
+
+
+def _profile(estimator: Any, spark: Any) -> Any:
+    """The resources of the tasks that train. RecipeError where there can be no GPU, and device='cuda' asks for one."""
+    device, engine = estimator._given("device"), estimator._given("engine")
+    if device == "cuda" and engine == "local":
+        raise RecipeError("device is 'cuda', and engine='local', the reference, computes on CPUs: take another engine")
+    if device == "cuda" and cluster_of(spark).beside:
+        require_cuda("this machine has none that torch can use")
+    profile = estimator._given("resourceProfile")
+    return profile_for(spark, device, profile) if isinstance(engine, str) else profile
 
 
 def optimizer_of(estimator: Any) -> Any:
@@ -173,7 +189,7 @@ def _columns(estimator: Any, dataset: DataFrame | RDD[Any], plan: Blueprint, los
     """The frame, what is read of it, and the names of the inputs."""
     inputs, label, decoders = estimator._inputs(), estimator.getLabelCol(), estimator.getDecoders()
     names = {name: estimator._given(name) for name in ("weightCol", "validationIndicatorCol")}
-    if isinstance(dataset, RDD):
+    if is_rdd(dataset):
         other = next((name for name, value in names.items() if value), None)
         if other:
             raise RecipeError(f"{other} names a column, and an RDD of (inputs, label) has none: make a DataFrame of it")
@@ -263,5 +279,3 @@ def trying(call: Callable[[], Any], what: str) -> Any:
         raise
     except Exception as error:
         raise UserError(report(error, f"the driver, in {what}")["message"]) from error
-
-

@@ -75,9 +75,9 @@ def here(way: tuple[str, int, str] | None, patience: float, free: Callable[[], i
 
         def cuda() -> str:
             try:
-                import torch
+                from bigdl_lite.engine.device import look as look_at
 
-                return "yes" if torch.cuda.is_available() else f"torch {torch.__version__} finds no CUDA"
+                return look_at(gpus, "auto").why or "yes"
             except Exception as error:
                 return f"{type(error).__name__}: {error}"
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from py4j.protocol import Py4JJavaError
-from pyspark import RDD
-from pyspark.errors import PySparkException
 from pyspark.ml.functions import vector_to_array
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -21,7 +18,11 @@ from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, DataType, DoubleType, FloatType, StructField, StructType
 
 from bigdl_lite.data.columns import Name, Raw, flat, numeric
+from bigdl_lite.engine.spark import SPARK_ERRORS
 from bigdl_lite.errors import DataError
+
+if TYPE_CHECKING:
+    from pyspark import RDD
 
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n((?:[ \t].*\n|\n)*)(\S.*)")  # of a Python worker
 # as Spark names what is wrong in SQL; what these three stand in has nothing to do with rows
@@ -63,7 +64,7 @@ def computed() -> Iterator[None]:
     """
     try:
         yield
-    except (PySparkException, Py4JJavaError) as error:
+    except SPARK_ERRORS as error:
         why = _why(str(error))
         if why is None:
             raise

@@ -6,13 +6,13 @@ read from files (direct.py), not even they.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import torch
-from pyspark import TaskContext
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from torch import Tensor, nn
@@ -21,17 +21,20 @@ from bigdl_lite.batch import Batch
 from bigdl_lite.data.arrow import tensor
 from bigdl_lite.data.columns import Columns
 from bigdl_lite.data.parquet import FILE, INDEX, fetch
+from bigdl_lite.engine.device import current, task_device
 from bigdl_lite.engine.direct import located
 from bigdl_lite.engine.pack import pack, unpack
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.engine.shipped import Shipped
-from bigdl_lite.engine.spark import as_columns, gpu, partition_id
+from bigdl_lite.engine.spark import as_columns, gpus, partition_id
 from bigdl_lite.engine.worker import settle
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml.arguments import arguments
 from bigdl_lite.ml.head import Head, Heads, cut, head_from_rows
 from bigdl_lite.model.layout import Blueprint, write_buffers
 from bigdl_lite.model.replica import filled
+
+_LOG = logging.getLogger("bigdl_lite")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def forward(module: nn.Module, inputs: Sequence[Tensor], device: torch.device) -
     """
     k = len(inputs[0])
     rows = k + -k % _LANES
-    return cut(module(*(filled(x, _LANES).to(device) for x in inputs)), k, rows)
+    with current(device):
+        return cut(module(*(filled(x, _LANES).to(device) for x in inputs)), k, rows)
 
 
 def passes(batch: Batch, size: int) -> Iterator[Batch]:
@@ -92,12 +96,10 @@ def passes(batch: Batch, size: int) -> Iterator[Batch]:
 
 def device_of(asked: str) -> torch.device:
     """Where this task computes. Raises RecipeError where a GPU is asked for and there is none."""
-    context = TaskContext.get()
-    given = gpu(context) if context is not None and asked != "cpu" else None
-    if given is None and asked == "cuda":
-        require_cuda("this task has none: give tasks GPUs (spark.task.resource.gpu.amount)")
-        given = torch.device("cuda", max(partition_id(), 0) % torch.cuda.device_count())
-    return given or torch.device("cpu")
+    device, why = task_device(gpus(), asked, partition_id())
+    if why:
+        _LOG.warning("scoring on the CPU: Spark gave a GPU to the task, but %s", why)
+    return device
 
 
 def require_cuda(why: str) -> None:

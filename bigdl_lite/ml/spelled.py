@@ -19,9 +19,9 @@ import warnings
 from typing import Any
 
 import torch
-from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReader, MLWriter
 from torch import nn
 
+from bigdl_lite.engine.stage import StageReader, StageWriter
 from bigdl_lite.errors import WireError
 from bigdl_lite.ml.persist import find, name_of
 
@@ -33,7 +33,7 @@ class Unspellable(Exception):
     """Why a value cannot be written."""
 
 
-class EstimatorWriter(MLWriter):
+class EstimatorWriter(StageWriter):
     def __init__(self, estimator: Any) -> None:
         super().__init__()
         self.estimator = estimator
@@ -50,16 +50,16 @@ class EstimatorWriter(MLWriter):
             warnings.warn(f"not saved with the estimator, and to be set again after loading: {listed}", RuntimeWarning, stacklevel=2)
         bare = copy.copy(self.estimator)  # pyspark writes the defaults too, of which nothing is read
         bare._defaultParamMap = {}
-        DefaultParamsWriter.saveMetadata(bare, path, self.sc, extraMetadata={_LOST: lost}, paramMap=told)
+        self.metadata(bare, path, told, {_LOST: lost})
 
 
-class EstimatorReader(MLReader[Any]):
+class EstimatorReader(StageReader):
     def __init__(self, cls: type, trust: bool = False) -> None:
         super().__init__()
         self.cls, self.trust = cls, trust
 
     def load(self, path: str) -> Any:
-        metadata = DefaultParamsReader.loadMetadata(path, self.sc)
+        metadata = self.metadata(path)
         kinds = {f"{kind.__module__}.{kind.__name__}": kind for kind in (self.cls, *_below(self.cls))}
         if metadata["class"] not in kinds:
             raise WireError(f"{path} is a saved {metadata['class']}, not a {self.cls.__name__}")

@@ -15,7 +15,7 @@ if [ -n "${SPARK_CORES:-}" ]; then # or a fit may begin before the executors are
     set -- --conf "spark.cores.max=$SPARK_CORES" --conf spark.scheduler.minRegisteredResourcesRatio=1.0 "$@"
 fi
 # The daemon imports torch once an executor. It starts before --py-files are there, so the package must be installed.
-if "$PYSPARK_PYTHON" -c 'import bigdl_lite' 2>/dev/null; then
+if "$PYTHON" -c 'import bigdl_lite' 2>/dev/null; then
     set -- --conf spark.python.daemon.module=bigdl_lite.engine.daemon "$@"
 fi
 exec "$SPARK_HOME/bin/spark-submit" --master "${SPARK_MASTER:-spark://localhost:7077}" --deploy-mode client "$@"

@@ -5,6 +5,7 @@
 #   SPARK_WORKER_CORES, SPARK_WORKER_MEMORY             what it gives to executors; all cores, all memory but 1 GB
 #   SPARK_WORKER_PORT, SPARK_WORKER_WEBUI_PORT          a free one; 8081
 #   SPARK_WORKER_DIR                                    logs and files of executors; /tmp/spark-work
+#   SPARK_WORKER_OPTS                                   "-Dspark.shuffle.service.enabled=true": an external shuffle service beside it
 set -eu
 . "$(dirname "$0")/spark.sh"
 export SPARK_WORKER_DIR="${SPARK_WORKER_DIR:-/tmp/spark-work}" # the default lies in site-packages

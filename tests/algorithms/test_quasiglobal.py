@@ -296,6 +296,7 @@ def compared(alpha: float) -> tuple[float, float]:
     return float(ratio), float(np.mean([x.local for x in qg]) - np.mean([x.local for x in own]))
 
 
+@pytest.mark.slow
 def test_workers_with_few_classes_agree_more_and_are_more_often_right() -> None:
     """alpha 0.02.
 

@@ -272,6 +272,7 @@ def bag_of_words(how: Exchange | None, steps: int = 1200, p: int = 8, batch: int
     return float(nn.functional.binary_cross_entropy_with_logits(w[test].sum(1) + w[-1], labels[10_000:]))
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_bytes_costs_one_per_cent_of_the_loss() -> None:
     """Test loss of 20 000 ids, 8 peers; a union has about 1 750 rows.
 

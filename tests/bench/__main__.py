@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bench.gpu import why_not as no_gpu
 from tests.bench.hosts import why_not
 from tests.bench.report import Claim, Context, Row, claims_table, decode, encode, table, write
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ON_HOSTS = ("network", "s2", "gradiveq", "overlap", "pipe", "neighbours", "scale")
 NAMES = (
     "training", "memory", "meeting", "growth", "fits", "start", "ingest", "transform", "large", "overhead", "distributor", "soak",
-    "codecs", "skew", "stragglers", "search", *ON_HOSTS,
+    "codecs", "skew", "stragglers", "search", *ON_HOSTS, "gpu",
 )  # fmt: skip
 MODULES = {"s2": "embedding"}  # where a module's name is another
 
@@ -74,7 +75,7 @@ def main() -> int:
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.names or NAMES:
-            if name in ON_HOSTS and (reason := why_not()):
+            if reason := why_not() if name in ON_HOSTS else no_gpu() if name == "gpu" else "":
                 print(f"{name} left out: {reason}", file=sys.stderr, flush=True)
                 continue
             began = time.perf_counter()

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,25 @@ def test_a_compose_file_with_a_fault_is_seen(compose: dict[str, Any], service: s
     assert any(said in fault for fault in faults(changed)), faults(changed)
 
 
+def installed(name: str) -> str | None:
+    """A program that pip brings, beside this Python or on PATH."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@pytest.mark.skipif(installed("check-jsonschema") is None, reason="check-jsonschema, which [test] brings, is not installed")
+def test_the_compose_file_is_of_the_published_schema(tmp_path: Path) -> None:
+    def check(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [str(installed("check-jsonschema")), "--builtin-schema", "vendor.compose-spec", str(path)]  # it fetches nothing
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    done = check(DOCKER / "compose.yaml")
+    assert done.returncode == 0, done.stdout
+    worse = tmp_path / "compose.yaml"
+    worse.write_text((DOCKER / "compose.yaml").read_text().replace("depends_on", "depend_on"))
+    done = check(worse)
+    assert done.returncode != 0 and "'depend_on' was unexpected" in done.stdout
+
+
 def instructions(text: str) -> list[tuple[str, str]]:
     joined = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
     return [(word.upper(), rest.strip()) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line.strip())]
@@ -100,10 +120,54 @@ def test_the_dockerfile_installs_the_torch_that_the_package_asks_for() -> None:
     assert wanted and f'"{wanted[1]}"' in (DOCKER / "Dockerfile").read_text()
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
-def test_hadolint_has_nothing_to_say() -> None:
-    done = subprocess.run(["hadolint", DOCKER / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout
+@pytest.mark.skipif(installed("hadolint") is None, reason="hadolint, which [test] brings to common machines, is not installed")
+def test_hadolint_has_nothing_to_say(tmp_path: Path) -> None:
+    def lint(path: Path) -> str:
+        done = subprocess.run([str(installed("hadolint")), "--no-color", path], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode == 0) == (done.stdout == ""), done.stderr
+        return done.stdout
+
+    assert lint(DOCKER / "Dockerfile") == ""
+    worse = tmp_path / "Dockerfile"
+    worse.write_text((DOCKER / "Dockerfile").read_text().replace("--no-cache-dir", "").replace("procps=2:4.*", "procps"))
+    assert "DL3042" in lint(worse) and "DL3008" in lint(worse)
+
+
+def test_the_image_begins_with_the_script_that_kubernetes_needs_and_runs_other_commands_as_they_are(tmp_path: Path) -> None:
+    told = dict(instructions((DOCKER / "Dockerfile").read_text()))
+    (path,) = ast.literal_eval(told["ENTRYPOINT"])
+    script = ROOT / Path(path).relative_to(told["WORKDIR"])
+    done = subprocess.run([script, "sh", "-c", 'echo "$1"', "sh", "a  b"], capture_output=True, text=True, timeout=10, check=False)
+    assert (done.returncode, done.stdout) == (0, "a  b\n")
+    assert subprocess.run([script, "sh", "-c", "exit 3"], timeout=10, check=False).returncode == 3
+
+
+def test_an_executor_gets_the_options_of_its_java_one_by_one(tmp_path: Path) -> None:
+    """What Spark on Kubernetes puts into the environment of a pod arrives as arguments, spaces and quotes included."""
+    java = tmp_path / "bin" / "java"
+    java.parent.mkdir()
+    java.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\npwd\n')
+    java.chmod(0o755)
+    given = {
+        "JAVA_HOME": str(tmp_path), "SPARK_HOME": "/spark", "PYSPARK_PYTHON": sys.executable, "TMPDIR": str(tmp_path),
+        "SPARK_JAVA_OPT_0": "-Da=b c", "SPARK_JAVA_OPT_1": '-Dq="$HOME"', "SPARK_EXECUTOR_MEMORY": "1024m", "SPARK_EXECUTOR_ID": "1",
+        "SPARK_DRIVER_URL": "spark://CoarseGrainedScheduler@10.0.0.1:7078", "SPARK_EXECUTOR_CORES": "2", "SPARK_APPLICATION_ID": "app",
+        "SPARK_RESOURCE_PROFILE_ID": "0", "SPARK_EXECUTOR_POD_IP": "10.0.0.2", "SPARK_EXECUTOR_POD_NAME": "pod",
+        "SPARK_CONF_DIR": "/opt/spark/conf", "PATH": os.environ["PATH"],
+    }  # fmt: skip
+    script = DOCKER / "scripts" / "entrypoint.sh"
+    done = subprocess.run([script, "executor"], env=given, capture_output=True, text=True, timeout=10, check=False)
+    lines = done.stdout.splitlines()
+    assert lines[:5] == ["-Da=b c", '-Dq="$HOME"', "-Xms1024m", "-Xmx1024m", "-cp"], done.stderr
+    assert lines[5:7] == ["/opt/spark/conf:/spark/jars/*", "org.apache.spark.scheduler.cluster.k8s.KubernetesExecutorBackend"]
+    assert dict(zip(lines[7:-1:2], lines[8:-1:2], strict=True)) == {
+        "--driver-url": given["SPARK_DRIVER_URL"], "--executor-id": "1", "--cores": "2", "--app-id": "app", "--hostname": "10.0.0.2",
+        "--resourceProfileId": "0", "--podName": "pod",
+    }  # fmt: skip
+    assert Path(lines[-1]).parent == tmp_path and os.access(lines[-1], os.W_OK), "a folder of its own, for --py-files and --archives"
+    del given["SPARK_DRIVER_URL"]
+    done = subprocess.run([script, "executor"], env=given, capture_output=True, text=True, timeout=10, check=False)
+    assert done.returncode != 0 and "SPARK_DRIVER_URL" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -5,136 +5,26 @@ The Python of the cluster has all libraries and not bigdl_lite, so that whatever
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import time
+import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import pyspark
 import pytest
 
-from bigdl_lite.engine.session import _java_home
 from bigdl_lite.ml.zip import build, main
+from tests.cluster.standalone import TRAINS, Cluster
 from tests.conftest import ROOT
-from tests.engine.test_faults import descendants, lives
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
-
-SCRIPTS = ROOT / "docker" / "scripts"
-QUIET = ["--conf", "spark.ui.enabled=false", "--conf", "spark.executor.memory=1g", "--conf", "spark.sql.shuffle.partitions=2"]
-
-TRAINS = """
-    import json
-    import torch
-    from pyspark.sql import SparkSession
-    from torch import nn
-    import bigdl_lite
-    from bigdl_lite import TorchClassifier
-
-    spark = SparkSession.builder.getOrCreate()
-    rows = [([float(i % 3 == k) for k in range(3)], i % 3) for i in range(60)]
-    df = spark.createDataFrame(rows, "features array<float>, label long")
-
-    def fit(engine, **more):
-        return TorchClassifier(module=lambda: nn.Linear(3, 3), optimizer=lambda p: torch.optim.SGD(p, lr=1.0), batchSize=20, epochs=3,
-                               numWorkers=2, engine=engine, progress="none", **more).fit(df)
-"""
-
-
-class Cluster:
-    """Processes of a standalone cluster, all of them ours and ended by their ids."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.started = folder, list[subprocess.Popen[bytes]]()
-        libraries = folder / "site"  # all that is installed but bigdl_lite, however it is installed
-        libraries.mkdir()
-        for place in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-            for entry in Path(place).iterdir():
-                if "bigdl_lite" not in entry.name and not entry.name.endswith(".pth"):
-                    (libraries / entry.name).symlink_to(entry)
-        python = folder / "python"
-        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without site-packages, and what they link to
-        python.chmod(0o755)
-        java = _java_home(with_vector=int(pyspark.__version__.split(".")[0]) >= 4)
-        self.environment = {
-            "PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(libraries), "PYSPARK_PYTHON": str(python),
-            "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_EVENTS": str(folder / "events"), "SPARK_WORKER_DIR": str(folder / "work"),
-            "SPARK_MASTER_HOST": "127.0.0.1", "SPARK_MASTER_PORT": "0", "SPARK_MASTER_WEBUI_PORT": "0", "SPARK_WORKER_WEBUI_PORT": "0",
-            "SPARK_WORKER_CORES": "1", "SPARK_WORKER_MEMORY": "1g", "SPARK_CORES": "2", "SPARK_DAEMON_MEMORY": "256m",
-            **({"JAVA_HOME": java} if java else {}),
-        }  # fmt: skip
-
-    def begin(self) -> None:
-        """A master and two workers, of 1 core and 1 GB each."""
-        self.environment["SPARK_MASTER"] = self.start("master.sh", r"Starting Spark master at (spark://\S+)")
-        logs = [self.start("worker.sh", None), self.start("worker.sh", None)]
-        for log in logs:
-            self.said(log, r"Successfully registered with (master)")
-
-    def start(self, script: str, word: str | None) -> str:
-        """Starts a script; what the log says in place of the group of `word`, or the path of the log."""
-        log = self.folder / f"{script}.{len(self.started)}.log"
-        with log.open("wb") as out:
-            command, nothing = [SCRIPTS / script], subprocess.DEVNULL
-            process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdin=nothing, stdout=out, stderr=out)
-        self.started.append(process)
-        return self.said(str(log), word) if word else str(log)
-
-    def said(self, log: str, word: str, seconds: float = 180.0) -> str:
-        until = time.monotonic() + seconds
-        while not (found := re.search(word, Path(log).read_text())):
-            assert time.monotonic() < until and all(process.poll() is None for process in self.started), Path(log).read_text()[-3000:]
-            time.sleep(0.1)
-        return found[1]
-
-    def submit(
-        self, program: Path, *options: str, arguments: Sequence[str] = (), seconds: float = 300.0
-    ) -> subprocess.CompletedProcess[str]:
-        """submit.sh with these options; everything that it started is gone when this returns."""
-        command = [str(SCRIPTS / "submit.sh"), *QUIET, *options, str(program), *arguments]
-        out, err = self.folder / "out", self.folder / "err"
-        with out.open("w") as a, err.open("w") as b:
-            process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=a, stderr=b)
-        self.started.append(process)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"after {seconds:.0f} s still at\n{err.read_text()[-4000:]}") from None
-        finally:
-            self._end(process)
-            self.started.remove(process)
-        return subprocess.CompletedProcess(command, process.returncode, out.read_text(), err.read_text())
-
-    def close(self) -> list[int]:
-        """Ends all; the ids of processes that are left."""
-        below = [pid for process in self.started for pid in descendants(process.pid)]
-        for process in reversed(self.started):
-            self._end(process)
-        until = time.monotonic() + 10
-        while (left := [pid for pid in below if lives(pid)]) and time.monotonic() < until:
-            time.sleep(0.1)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return left
-
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +47,7 @@ def package(tmp_path: Path) -> Path:
 def program(tmp_path: Path) -> Callable[[str], Path]:
     def write(body: str) -> Path:
         path = tmp_path / "program.py"
-        path.write_text(textwrap.dedent(TRAINS) + textwrap.dedent(body))
+        path.write_text(TRAINS + textwrap.dedent(body))
         return path
 
     return write
@@ -210,20 +100,32 @@ def test_cluster_mode_is_refused_by_spark_itself(cluster: Cluster, program) -> N
     assert "Cluster deploy mode is currently not supported for python applications on standalone clusters" in done.stderr
 
 
-@pytest.mark.slow
-def test_the_quickstart_runs_on_the_cluster_and_the_history_server_shows_it(cluster: Cluster, package: Path) -> None:
+@pytest.mark.slow  # two programs, one after the other: five minutes on two busy cores
+def test_quickstart_and_recommender_run_on_the_cluster_and_the_history_server_shows_their_jobs(cluster: Cluster, package: Path) -> None:
+    """What compose.yaml starts and submits, on this machine."""
     done = cluster.submit(ROOT / "examples" / "quickstart.py", "--py-files", str(package), arguments=["--epochs", "6"])
     assert done.returncode == 0, done.stdout[-4000:]
     assert "engine          barrier" in done.stdout and "the same predictions from the saved model" in done.stdout
+    done = cluster.submit(ROOT / "examples" / "recommender.py", "--py-files", str(package), arguments=["--small"])
+    assert done.returncode == 0, done.stdout[-4000:]
+
     cluster.environment["SPARK_UI_PORT"] = "0"
-    port = cluster.start("history.sh", r"HistoryServer, and started at http://\S+:(\d+)")
-    until = time.monotonic() + 30
-    shown: list[str] = []
-    while "quickstart.py" not in shown and time.monotonic() < until:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/applications", timeout=5) as answer:
-            shown = [application["name"] for application in json.load(answer)]
+    port = cluster.start("history.sh", r"Bound HistoryServer to .* started at http://\S+:(\d+)")
+
+    def ask(path: str) -> Any:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/applications{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    until = time.monotonic() + 60
+    while not {"quickstart.py", "recommender.py"} <= (ids := {x["name"]: x["id"] for x in ask("")}).keys():
+        assert time.monotonic() < until, ids
         time.sleep(0.2)
-    assert "quickstart.py" in shown
+    for name in ("quickstart.py", "recommender.py"):
+        assert [x["completed"] for x in ask(f"/{ids[name]}")["attempts"]] == [True]
+        told = [job.get("description", "") for job in ask(f"/{ids[name]}/jobs")]
+        assert any(text.startswith("bigdl_lite") for text in told), told
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        ask("/app-of-nobody/jobs")
 
 
 def test_the_zip_is_the_package_and_always_the_same_bytes(tmp_path: Path, monkeypatch, capsys) -> None:

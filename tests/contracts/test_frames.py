@@ -146,6 +146,7 @@ def test_json_deeper_than_pythons_stack_is_refused_too() -> None:
         Frame(ERROR, 3, 0, 0, 0.0, 0, b"[" * 100_000).json()
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_inputs_are_refused_or_a_frame_and_nothing_else() -> None:
     """Nonsense, valid frames with wrong bytes, frames that are cut or glued together; memory stays that of the input."""
     rng, seen = random.Random(0), {"refused": 0, "read": 0}

@@ -607,6 +607,7 @@ def mutated(rng: random.Random, valid: bytes) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_headers_are_refused_or_within_bounds() -> None:
     rng, seen = random.Random(0), {"refused": 0, "taken": 0}
     tracemalloc.start()

@@ -15,7 +15,7 @@ import bigdl_lite.ml.watching as watching
 from bigdl_lite import ShuffleEngine, TorchEstimator, local_sgd
 from bigdl_lite.algorithms import Side, Update
 from bigdl_lite.comm.window import Window
-from bigdl_lite.engine import looker, memory, shuffle, tasks
+from bigdl_lite.engine import cluster, looker, memory, shuffle, tasks
 from bigdl_lite.engine.order import Order, dumps, loads
 from bigdl_lite.errors import UserError
 from tests.conftest import flat, frame, mlp, problem, uneven
@@ -117,7 +117,7 @@ def test_with_fewer_slots_than_workers_no_task_waits_for_another(spark, sizes) -
 def test_slots_that_others_hold_cost_seconds_and_no_more(spark, sizes, monkeypatch) -> None:
     """The driver believes that five tasks fit into four slots, as it would where another job holds one."""
     quiet = fit(spark, parts=5, epochs=1)
-    monkeypatch.setattr(shuffle, "slots", lambda spark: 5)
+    monkeypatch.setattr(cluster, "slots_of", lambda spark, profile: 5)
     sizes.clear()
     hurt = fit(spark, parts=5, epochs=1)
     assert sizes[:4] == [1, 2, 4, 1], "the job of two rounds was given up in its second, and what was submitted behind it"

@@ -12,6 +12,7 @@ from torch import nn
 
 from bigdl_lite import BarrierEngine, ShuffleEngine, TorchEstimator
 from bigdl_lite.engine import barrier, memory, routes, shipped, shuffle
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.recipe import Start
 from bigdl_lite.errors import RecipeError
 from tests.conftest import flat, frame, mlp, problem, uneven
@@ -85,14 +86,14 @@ def test_with_encryption_nothing_moves_past_spark(name: str) -> None:
     found = SimpleNamespace(n=10, m=0, dtype=torch.float32)
     recipe = SimpleNamespace(blueprint=SimpleNamespace(layout=found), num_workers=2)
 
-    def context(value: str):
-        conf = {name: value}
-        return SimpleNamespace(getConf=lambda: SimpleNamespace(get=lambda key, default: conf.get(key, default)), master="local[2]")
+    def application(value: str):
+        context = SimpleNamespace(master="local[2]", applicationId="app", getConf=lambda: {name: value})
+        return cluster_of(SimpleNamespace(sparkContext=context, _jsparkSession=None))
 
-    assert routes.window_for(context("false"), recipe) is not None  # the control
-    assert routes.window_for(context("true"), recipe) is None
-    assert shipped.mappable(context("false"), 10) is not None
-    assert shipped.mappable(context("true"), 10) is None
+    assert routes.window_for(application("false"), recipe) is not None  # the control
+    assert routes.window_for(application("true"), recipe) is None
+    assert shipped.mappable(application("false"), 10) is not None
+    assert shipped.mappable(application("true"), 10) is None
 
 
 def test_weights_beyond_the_heap_are_refused_with_the_numbers(spark) -> None:
@@ -117,7 +118,7 @@ def test_start_in_pieces_is_what_was_sent(spark, monkeypatch) -> None:
     constants = {"a": torch.randn(33, 31), "b": torch.arange(7), "empty": torch.empty(0), "half": torch.randn(5).bfloat16()}
     start = Start(torch.randn(2_500), torch.randn(3, dtype=torch.float64), constants)
     for may_map in (False, True):
-        sent = shipped.Shipped.send(spark.sparkContext, start, may_map)
+        sent = shipped.Shipped.send(cluster_of(spark), start, may_map)
         assert bool(sent.address) == may_map and bool(sent.pieces) != may_map
         weights = torch.empty(2_500)
         back = sent.read(weights)

@@ -59,7 +59,7 @@ def fit(spark: Any, engine: Any, counts: list[int], steps: int) -> Any:
     ).fit(frame(spark, X, Y, counts))  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_fifty_steps_of_n_workers_are_those_of_one_process(spark: Any, n: int) -> None:
     counts = uneven(61, n)
     expected = one_process(counts, 50)
@@ -68,7 +68,7 @@ def test_fifty_steps_of_n_workers_are_those_of_one_process(spark: Any, n: int) -
         assert torch.equal(flat(fit(spark, engine, counts, 50).module), expected), engine
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_slices_through_the_shuffle_are_too_and_take_the_bytes_of_the_formula(spark: Any, n: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(shuffle, "SMALL", 0)  # or so small a model would have one owner, the driver
     counts = uneven(61, n)

@@ -44,30 +44,35 @@ def test_the_quickstart_reads_digits_with_both_spark_engines(spark, engine, caps
     assert spark.range(3).count() == 3  # a session that was there before is not stopped
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_pictures_in_folders_are_told_apart_better_than_by_the_nearest_mean(spark):
     figures = image_classification.main(spark)
     assert figures["accuracy"] >= 0.95 and figures["accuracy"] > figures["rival"] + 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_wide_and_deep_net_finds_the_cross_that_a_linear_model_cannot(spark):
     figures = wide_and_deep.main(spark)
     assert figures["linear"] + 0.02 < figures["auc"] < figures["law"] + 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_errors_of_a_forecast_find_the_odd_hours_and_sizes_of_values_do_not(spark):
     figures = anomaly_detection.main(spark)
     assert figures["recall"] >= 0.9 and figures["precision"] >= 0.8 and figures["rival_recall"] <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_docstrings_are_put_to_their_subjects(spark):
     figures = text_classification.main(spark)
     assert figures["accuracy"] >= 0.7 and figures["accuracy"] > 2 * figures["rival"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_frozen_convolutions_of_other_digits_beat_a_start_from_scratch_on_few_rows(spark):
     figures = transfer_learning.main(spark)
@@ -82,6 +87,7 @@ def test_class_weights_find_fraud_that_a_plain_fit_does_not(spark):
     assert figures["weighted_recall"] > figures["plain_recall"] + 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_stream_is_scored_as_a_batch_is(spark):
     figures = streaming_scoring.main(spark)
@@ -90,6 +96,7 @@ def test_a_stream_is_scored_as_a_batch_is(spark):
     assert not spark.streams.active
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_search_finds_an_optimizer_better_than_one_that_hardly_moves(spark, capsys):
     figures = hyperparameter_search.main(spark)

@@ -48,6 +48,7 @@ def require_a_whole_run(book: Any) -> None:
     assert text.splitlines()[-1] == "0"  # rows that differ
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_notebook_runs(tmp_path: Path) -> None:
     book = saved()

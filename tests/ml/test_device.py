@@ -10,6 +10,7 @@ from pyspark.sql import functions as F
 from torch import nn
 
 from bigdl_lite import TorchEstimator
+from bigdl_lite.engine import device
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml import score
 from tests.conftest import frame, mlp, problem
@@ -30,12 +31,13 @@ def model(df):
 
 def in_a_task(monkeypatch, given, there):
     """A task that Spark gave the GPU of this index (None: none), in a process that sees so many GPUs."""
-    resources = {} if given is None else {"gpu": SimpleNamespace(addresses=[str(given)])}
-    context = SimpleNamespace(resources=lambda: resources, partitionId=lambda: 3)
-    monkeypatch.setattr(score, "TaskContext", SimpleNamespace(get=lambda: context))
+    monkeypatch.setattr(score, "gpus", lambda: () if given is None else (str(given),))
     monkeypatch.setattr(score, "partition_id", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace())
+    monkeypatch.setattr(device, "_broken", lambda i: "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,15 @@ def in_a_task(monkeypatch, given, there):
 def test_a_task_computes_where_it_should(monkeypatch, asked, given, there, found):
     in_a_task(monkeypatch, given, there)
     assert score.device_of(asked) == torch.device(found)
+
+
+@pytest.mark.parametrize(("visible", "found"), [(None, "cuda:1"), ("1,0", "cuda:0"), ("0", "cpu")])
+def test_the_gpu_is_the_one_that_spark_gave_whatever_the_executor_sees(monkeypatch, caplog, visible, found):
+    in_a_task(monkeypatch, 1, 2 if visible != "0" else 1)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert score.device_of("auto") == torch.device(found)
+    assert [record.message[:18] for record in caplog.records] == (["scoring on the CPU"] if found == "cpu" else [])
 
 
 def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(monkeypatch):
@@ -64,6 +75,10 @@ def test_outside_of_a_task_it_is_the_cpu():
 def test_without_a_gpu_on_this_machine_it_is_an_error_before_any_job(df, model):
     with pytest.raises(RecipeError, match="this machine has none"):
         model.copy({model.device: "cuda"}).transform(df)
+    with pytest.raises(RecipeError, match="this machine has none"):
+        TorchEstimator(module=mlp, loss=nn.CrossEntropyLoss(), device="cuda").fit(df)
+    with pytest.raises(RecipeError, match="engine='local', the reference"):
+        TorchEstimator(module=mlp, loss=nn.CrossEntropyLoss(), device="cuda", engine="local").fit(df)
     assert model.copy({model.device: "cpu"}).transform(df).count() == 40
 
 

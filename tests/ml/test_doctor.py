@@ -18,6 +18,7 @@ import pytest
 from pyspark import cloudpickle
 
 from bigdl_lite.comm.window import available
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.errors import RecipeError
 from bigdl_lite.ml import checks, doctor, facts
 from bigdl_lite.ml.doctor import Diagnosis, choice, diagnose
@@ -102,6 +103,7 @@ def test_it_prints_nothing_and_leaves_nothing_behind(spark: Any, found: Diagnosi
     sc = spark.sparkContext
     sc.setJobDescription("mine")
     try:
+
         def state() -> Any:
             cached = sc._jsc.sc().getPersistentRDDs().size()
             mine = {thread.name for thread in threading.enumerate() if thread.name.startswith("bigdl_lite-doctor")}
@@ -302,8 +304,9 @@ def session(master: str, free: int, **settings: str) -> Any:
         resourceProfileManager=lambda: types.SimpleNamespace(defaultResourceProfile=lambda: None),
     )
     given = {f"spark.{name.replace('__', '.')}": value for name, value in settings.items()}
-    context = types.SimpleNamespace(master=master, _jsc=types.SimpleNamespace(sc=lambda: scala), getConf=lambda: given)
-    return types.SimpleNamespace(sparkContext=context)
+    inner = types.SimpleNamespace(sc=lambda: scala)
+    context = types.SimpleNamespace(master=master, applicationId="app", _jsc=inner, getConf=lambda: given)
+    return types.SimpleNamespace(sparkContext=context, _jsparkSession=None)
 
 
 @pytest.mark.parametrize(
@@ -318,10 +321,8 @@ def session(master: str, free: int, **settings: str) -> Any:
 )
 def test_the_reason_is_that_of_the_choice(master: str, settings: dict[str, str], engine: str, word: str) -> None:
     spark = session(master, 2, **settings)
-    sc = spark.sparkContext
-    known = GOOD.but(
-        engine=facts._choice(spark), local=facts.on_this_machine(sc), elastic=facts.is_elastic(sc), encrypts=facts.encrypts(sc)
-    )
+    cluster = cluster_of(spark)
+    known = GOOD.but(engine=facts._choice(spark), local=cluster.beside, elastic=cluster.elastic, encrypts=cluster.encrypts)
     found, why = choice(known)
     assert found == engine and word in why
 
@@ -335,20 +336,3 @@ def test_without_slots_no_engine_can_be_chosen(caplog: Any) -> None:
     with caplog.at_level(logging.INFO, "bigdl_lite"):
         engine, why = choice(GOOD.but(slots=0, engine=RecipeError("numWorkers is 0, must be at least 1")))
     assert engine == "" and "numWorkers is 0" in why
-
-
-def test_on_spark_connect_it_says_what_it_can() -> None:
-    class Remote:
-        version = "4.1.0"
-        conf = types.SimpleNamespace(get=lambda name: CONF[name])
-
-        @property
-        def sparkContext(self) -> Any:
-            raise AttributeError("[JVM_ATTRIBUTE_NOT_SUPPORTED] Attribute `sparkContext` is not supported in Spark Connect")
-
-    found = doctor.doctor(Remote())  # type: ignore[arg-type]
-    told = {check.name: check for check in found.checks}
-    assert found.engine == "" and "Spark Connect" in found.why and found.ok
-    assert told["arrow"].status == told["settings"].status == "ok"
-    assert told["slots"].found == "not known: Spark Connect does not tell it"
-    assert "on Spark 4.1.0, Spark Connect" in repr(found)

@@ -53,7 +53,7 @@ def test_every_param_has_a_default_or_is_required_and_a_doc():
     assert {p.name for p in estimator.params if not estimator.isDefined(p)} == {
         "module", "loss", "scheduler", "numWorkers", "clipNorm", "clipValue", "checkpointDir", "exchange", "weightCol", "classWeights",
         "validationIndicatorCol", "validationFraction", "validationTrigger", "patience", "restoreBest", "endTrigger", "averaging",
-        "initialModel", "limitBatches", "outputCols", "learningRate", "weightDecay", "momentum", "featuresCol",
+        "initialModel", "limitBatches", "outputCols", "learningRate", "weightDecay", "momentum", "featuresCol", "resourceProfile",
     }  # fmt: skip
     assert all(p.doc for p in estimator.params)
     assert "rows of one step over all workers" in estimator.explainParam("batchSize")

@@ -448,7 +448,7 @@ def test_any_schema_and_any_rows(spark, task, part):
 @pytest.mark.parametrize("engine", ["barrier", "shuffle"])
 def test_any_schema_and_any_rows_on_executors(spark, engine):
     seen = fuzz(cases(), 15, lambda case: run(case, spark, engine))
-    assert 2 <= seen["fit"] <= 13, seen
+    assert 2 <= seen["fit"] <= 14, seen  # which cases are drawn depends on the version of hypothesis
 
 
 # ---- settings ---------------------------------------------------------------------------------------------------------

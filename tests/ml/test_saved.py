@@ -77,6 +77,7 @@ def test_a_model_of_a_later_format_is_refused_by_number(spark, tmp_path):
         TorchModel.load(str(tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_another_program_loads_it_and_scores_the_same(spark, tmp_path):
     """A fresh process with a session of its own, which imports the module but not what trained the model."""
     x, y = problem(30, 3)
