@@ -1,0 +1,63 @@
+"""The matrix of Sparks: what it asks pip for, how it counts, and the table in the docs that it writes."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests import matrix
+from tests.conftest import ROOT
+
+XML = '<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="20" time="5.0"></testsuite></testsuites>'
+OLD = f"before\n\n{matrix.BEGIN}\n\n{matrix.markdown([['3.5.1', *'abcdefgh'], ['2.4.8', *'abcdefgh']])}\n\n{matrix.END}\nafter\n"
+
+
+def test_the_table_in_the_docs_is_that_of_the_matrix() -> None:
+    found = matrix.rows(matrix.DOCS.read_text())
+    assert [row[0] for row in found.values()] == [spark.version for spark in matrix.SPARKS]
+    for row in found.values():
+        said = dict(zip(matrix.HEAD, row, strict=True))
+        assert int(said["passed"]) > 1000 and int(said["failed"]) == 0 and int(said["skipped"]) >= 0
+        datetime.date.fromisoformat(said["on"])
+
+
+def test_the_matrix_holds_the_spark_at_hand_or_an_older_one_of_its_line() -> None:
+    """So that a new Spark is not only tried by chance."""
+    assert ".".join(metadata.version("pyspark").split(".")[:2]) in {spark.line for spark in matrix.SPARKS}
+
+
+def test_environments_differ_in_spark_alone() -> None:
+    spark = matrix.Spark("3.5.9", needs=("NumPy<2",))
+    fixed = dict(line.split("==") for line in matrix.constraints(spark))
+    assert fixed["torch"] == metadata.version("torch").split("+")[0] and fixed["pytest"] == metadata.version("pytest")
+    assert not {"pyspark", "py4j", "numpy", "bigdl-lite"} & set(fixed), "numpy is the Spark's own business here"
+    assert matrix.requirements(spark) == [f"{ROOT}[test]", "pyspark==3.5.9", "NumPy<2"]
+    assert "numpy" in dict(line.split("==") for line in matrix.constraints(matrix.Spark("3.5.9")))  # the control
+
+
+def test_counts_come_from_what_pytest_wrote() -> None:
+    found = matrix.counted(XML, matrix.SPARKS[0], 12.0, ("2.4.6", "2.3.3", "26.0.1"))
+    assert (found.passed, found.failed, found.skipped) == (14, 3, 3)
+
+
+def test_a_row_takes_the_place_of_the_one_of_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(OLD)
+    monkeypatch.setattr(matrix, "DOCS", page)
+    result = matrix.Result(matrix.SPARKS[0], 14, 0, 3, 12.0, ("2.4.6", "2.3.3", "26.0.1"))
+    matrix.write([result], "2001-02-03")
+    rows = matrix.rows(page.read_text())
+    assert list(rows) == ["3.5"] and rows["3.5"][0] == matrix.SPARKS[0].version and rows["3.5"][-4:] == ("14", "0", "3", "2001-02-03")
+    assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
+
+
+def test_a_row_of_the_table_wants_a_whole_run() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.matrix", "--write", "--", "tests/wire"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert told.returncode == 2 and "whole suite" in told.stderr
