@@ -1,4 +1,4 @@
-"""Driver and executors of different versions: said before the first step, with both."""
+"""Driver and executors of different versions: said before the first step, with both. And what Sparks say in their own ways."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from bigdl_lite import TorchClassifier
 from bigdl_lite.engine import barrier, shuffle, worker
-from bigdl_lite.errors import RecipeError
+from bigdl_lite.errors import PeerLost, RecipeError
 from tests.conftest import frame, problem
 
 X, Y = problem(20)
@@ -29,3 +29,10 @@ def test_an_executor_of_another_version_is_named_before_the_first_step(spark, mo
 def test_a_build_is_no_version() -> None:
     assert worker.versions()["torch"].count(".") == 1 and "+" not in worker.versions()["torch"]
     worker.require_versions(worker.versions())
+
+
+def test_a_worker_that_spark_itself_had_ended_is_a_lost_rank_and_other_sockets_are_not() -> None:
+    """Spark 3.5 keeps the worker of a cancelled task for the next one, which fails: the stage runs again, with another worker."""
+    said = "Stage failed because barrier task ResultTask(22, 1) finished unsuccessfully.\njava.net.SocketException: Socket is closed\n"
+    assert isinstance(barrier._loss(RuntimeError(said)), PeerLost)
+    assert barrier._loss(RuntimeError("java.net.SocketException: Permission denied")) is None
