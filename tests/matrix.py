@@ -21,14 +21,15 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "examples" / "guide" / "deployment.md"
 BEGIN, END = "<!-- tests/matrix.py writes this table -->", "<!-- end of the table -->"
-HEAD = ("Spark", "Python", "NumPy", "pandas", "pyarrow", "passed", "failed", "skipped", "on")
+HEAD = ("Spark", "Python", "NumPy", "pandas", "pyarrow", "tests", "passed", "failed", "skipped", "on")
+ALL = "all"
 HOURS = 2  # after which a run of the suite is given up
 
 
@@ -57,10 +58,11 @@ class Result:
     skipped: int
     seconds: float
     packages: tuple[str, ...]
+    tests: str = ALL  # or what pytest was asked for
 
     def row(self, day: str) -> tuple[str, ...]:
         counts = (str(x) for x in (self.passed, self.failed, self.skipped))
-        return (self.spark.version, platform.python_version(), *self.packages, *counts, day)
+        return (self.spark.version, platform.python_version(), *self.packages, self.tests, *counts, day)
 
 
 def requirements(spark: Spark) -> list[str]:
@@ -115,7 +117,8 @@ def run(spark: Spark, python: Path, arguments: Sequence[str]) -> Result:
         seconds = time.monotonic() - began
         if code not in (0, 1) or not told.exists():  # 2 and above: interrupted, or nothing that could be run
             raise RuntimeError(f"pytest ended with code {code} on Spark {spark.version}")
-        return counted(told.read_text(), spark, seconds, packages)
+        asked = " ".join(arguments).replace("|", "\\|") or ALL
+        return replace(counted(told.read_text(), spark, seconds, packages), tests=asked)
 
 
 def counted(xml: str, spark: Spark, seconds: float, packages: Iterable[str]) -> Result:
@@ -149,11 +152,9 @@ def main() -> int:
     lines = [spark.line for spark in SPARKS]
     parser.add_argument("--only", action="append", choices=lines, help="a line of Spark; may be given several times")
     parser.add_argument("--envs", type=Path, help="where environments are kept, and looked for; else they are made anew, and removed")
-    parser.add_argument("--write", action="store_true", help=f"writes the table in {DOCS.relative_to(ROOT)}, after a whole run")
+    parser.add_argument("--write", action="store_true", help=f"writes the rows of the table in {DOCS.relative_to(ROOT)}")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     asked = parser.parse_args()
-    if asked.write and asked.pytest:
-        parser.error("--write is for runs of the whole suite, without arguments for pytest")
     results, broken = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for spark in (spark for spark in SPARKS if not asked.only or spark.line in asked.only):

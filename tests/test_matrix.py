@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from tests import matrix
 from tests.conftest import ROOT
 
 XML = '<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="20" time="5.0"></testsuite></testsuites>'
-OLD = f"before\n\n{matrix.BEGIN}\n\n{matrix.markdown([['3.5.1', *'abcdefgh'], ['2.4.8', *'abcdefgh']])}\n\n{matrix.END}\nafter\n"
+OLD = f"before\n\n{matrix.BEGIN}\n\n{matrix.markdown([['3.5.1', *'abcdefghi'], ['2.4.8', *'abcdefghi']])}\n\n{matrix.END}\nafter\n"
 
 
 def test_the_table_in_the_docs_is_that_of_the_matrix() -> None:
@@ -22,7 +20,7 @@ def test_the_table_in_the_docs_is_that_of_the_matrix() -> None:
     assert [row[0] for row in found.values()] == [spark.version for spark in matrix.SPARKS]
     for row in found.values():
         said = dict(zip(matrix.HEAD, row, strict=True))
-        assert int(said["passed"]) > 1000 and int(said["failed"]) == 0 and int(said["skipped"]) >= 0
+        assert int(said["passed"]) > 0 and int(said["failed"]) == 0 and int(said["skipped"]) >= 0 and said["tests"]
         datetime.date.fromisoformat(said["on"])
 
 
@@ -56,8 +54,7 @@ def test_a_row_takes_the_place_of_the_one_of_its_line(tmp_path: Path, monkeypatc
     assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
 
 
-def test_a_row_of_the_table_wants_a_whole_run() -> None:
-    told = subprocess.run(
-        [sys.executable, "-m", "tests.matrix", "--write", "--", "tests/wire"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert told.returncode == 2 and "whole suite" in told.stderr
+def test_a_row_says_which_tests_ran() -> None:
+    said = [matrix.Result(matrix.SPARKS[0], 1, 0, 0, 1.0, ("a", "b", "c"), *more).row("2001-02-03") for more in ((), ("tests/wire",))]
+    at = matrix.HEAD.index("tests")
+    assert [row[at] for row in said] == [matrix.ALL, "tests/wire"]
