@@ -85,20 +85,18 @@ def _name(requirement: str) -> str:
 def environment(spark: Spark, folder: Path) -> Path:
     """The Python of an environment with this Spark: the one that lies in the folder, if it was made of the same packages."""
     place = folder / spark.version
-    python, made = place / "bin" / "python", place / "requirements.txt"
-    fixed = constraints(spark)
-    wanted = "\n".join([*requirements(spark), *fixed, ""])
-    if made.exists() and made.read_text() == wanted:
-        return python
+    python, limits, made = place / "bin" / "python", place / "constraints.txt", place / "requirements.txt"
+    wanted, fixed = requirements(spark), constraints(spark)
+    if made.exists() and made.read_text().splitlines() == wanted and set(limits.read_text().splitlines()) <= set(fixed):
+        return python  # what has come to this environment since is no reason to make the other anew
     print(f"making an environment with Spark {spark.version} in {place}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-    limits = place / "constraints.txt"
     limits.write_text("\n".join(fixed))
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *(line for line in fixed if line.startswith("torch=="))], check=True)  # or an extra may bring another build
-    extra, *others = requirements(spark)
+    extra, *others = wanted
     subprocess.run([*pip, "--constraint", str(limits), "--editable", extra, *others], check=True)
-    made.write_text(wanted)
+    made.write_text("\n".join(wanted))  # last: its absence says that something broke off
     return python
 
 
