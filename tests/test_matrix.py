@@ -38,6 +38,24 @@ def test_environments_differ_in_spark_alone() -> None:
     assert "numpy" in dict(line.split("==") for line in matrix.constraints(matrix.Spark("3.5.9")))  # the control
 
 
+def test_a_kept_environment_is_used_while_its_packages_are_those_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, spark = list[list[str]](), matrix.SPARKS[0]
+
+    def run(command: list[str], check: bool) -> None:
+        ran.append(command)
+        (tmp_path / spark.version).mkdir(exist_ok=True)
+
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    python = matrix.environment(spark, tmp_path)
+    assert [command[2] for command in ran] == ["venv", "pip", "pip"] and ran[1][-1].startswith("torch==")
+    ran.clear()
+    here = matrix.constraints(spark)
+    monkeypatch.setattr(matrix, "constraints", lambda spark: [*here, "another-tool==1.0"])
+    assert matrix.environment(spark, tmp_path) == python and not ran
+    monkeypatch.setattr(matrix, "constraints", lambda spark: ["numpy==0.1", *(x for x in here if not x.startswith("numpy=="))])
+    assert matrix.environment(spark, tmp_path) == python and len(ran) == 3, "the control: another NumPy is here now"
+
+
 def test_counts_come_from_what_pytest_wrote() -> None:
     found = matrix.counted(XML, matrix.SPARKS[0], 12.0, ("2.4.6", "2.3.3", "26.0.1"))
     assert (found.passed, found.failed, found.skipped) == (14, 3, 3)
