@@ -50,7 +50,7 @@ _LOG = logging.getLogger("bigdl_lite")
 _LOST = re.compile(  # how Spark says that a process is gone, and how a rank says that another is
     r"Python worker (exited unexpectedly|process terminated)|ExecutorLostFailure|[Ee]xecutor.{0,40} lost|heartbeat timed out|"
     r"Remote RPC client disassociated|Worker.{0,20} lost|FetchFailed|(?:PeerLost|MeetingTimeout): ([^\n]*)|"
-    r"SocketException: Socket is closed"  # Spark 3.5 gives a task the worker that it has just ended with a cancelled one
+    r"SocketException: Socket is closed|CancelledKeyException"  # Spark gave a task the worker that it ended with a cancelled one
 )
 _SCHEMA = "kind string, rank int, part int, payload binary"
 _ARROW = pa.schema([("kind", pa.string()), ("rank", pa.int32()), ("part", pa.int32()), ("payload", pa.binary())])

@@ -31,8 +31,9 @@ def test_a_build_is_no_version() -> None:
     worker.require_versions(worker.versions())
 
 
-def test_a_worker_that_spark_itself_had_ended_is_a_lost_rank_and_other_sockets_are_not() -> None:
-    """Spark 3.5 keeps the worker of a cancelled task for the next one, which fails: the stage runs again, with another worker."""
-    said = "Stage failed because barrier task ResultTask(22, 1) finished unsuccessfully.\njava.net.SocketException: Socket is closed\n"
-    assert isinstance(barrier._loss(RuntimeError(said)), PeerLost)
+@pytest.mark.parametrize("said", ["java.net.SocketException: Socket is closed", "java.nio.channels.CancelledKeyException"])
+def test_a_worker_that_spark_itself_had_ended_is_a_lost_rank_and_other_sockets_are_not(said) -> None:
+    """Spark 3.5 and 4.0 keep the worker of a cancelled task for the next one, which fails: the stage runs again, with another."""
+    error = f"Stage failed because barrier task ResultTask(22, 1) finished unsuccessfully.\n{said}\n"
+    assert isinstance(barrier._loss(RuntimeError(error)), PeerLost)
     assert barrier._loss(RuntimeError("java.net.SocketException: Permission denied")) is None
