@@ -251,8 +251,8 @@ def test_the_cancelled_cell_of_another_is_none_of_ours(spark: Any, engine: str) 
 
 # %pip install -----------------------------------------------------------------------------------------------------------------
 
-# Packages of the runtimes, as their release notes list them and github.com/pietern/databricks-environments keeps them, in
-# dbr/17.3.x-cpu-ml-scala2.13/constraints.txt (and 17.3.x-gpu-ml, 16.4.x-cpu-ml, 15.4.x-cpu-ml, 17.3.x-scala2.13), as of 2025-12.
+# Packages of the runtimes, as github.com/pietern/databricks-environments lists them in dbr/17.3.x-cpu-ml-scala2.13/constraints.txt
+# (17.3.x-gpu-ml is the same in these), 16.4.x-cpu-ml-scala2.12, 15.4.x-cpu-ml-scala2.12 and 17.3.x-scala2.13; read in November 2026.
 RUNTIMES = {
     "17.3 LTS ML": {"torch": "2.7.0", "numpy": "2.1.3", "pyarrow": "19.0.1", "safetensors": "0.6.2", "networkx": "3.4.2"},
     "16.4 LTS ML": {"torch": "2.6.0", "numpy": "1.26.4", "pyarrow": "15.0.2", "safetensors": "0.4.4", "networkx": "3.2.1"},
