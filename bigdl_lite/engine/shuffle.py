@@ -44,6 +44,7 @@ from bigdl_lite.batch import rounds
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
+from bigdl_lite.engine.again import again
 from bigdl_lite.engine.each import told
 from bigdl_lite.engine.history import History, mean_loss
 from bigdl_lite.engine.keeper import Keep, Part, forget
@@ -292,7 +293,7 @@ class _Rounds:
 
     def _counts(self, tokens: RDD[Any]) -> tuple[tuple[int, ...], tuple[int, ...], Shapes, bool]:
         """Rows of every share, and those held out; the shapes of one row; and whether all workers see the driver's memory."""
-        told = {token.partition: token for token in tokens.collect()}
+        told = {token.partition: token for token in again(tokens.collect)}
         errors = [json.loads(told[i].error) for i in sorted(told) if told[i].error]
         if errors:
             raise revive(errors[0])

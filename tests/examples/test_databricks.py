@@ -4,6 +4,7 @@ paths of volumes and of dbfs, a cancelled cell, and what %pip install brings."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import shutil
 import signal
@@ -109,23 +110,22 @@ def test_a_fit_and_what_follows_it_leave_the_session_to_its_owner(spark: Any, tm
 
 @pytest.fixture
 def mounts() -> Iterator[tuple[Path, Path]]:
-    """Folders of our own below /Volumes and /dbfs, which are removed again, and with them what had to be made above."""
-    made: list[Path] = []
-    name = f"bigdl_lite_{os.getpid()}"
-    wanted = Path("/Volumes") / name, Path("/dbfs") / name
+    """Folders of our own below /Volumes and /dbfs, which are removed again, and those above where nobody else needs them."""
+    name, above = f"bigdl_lite_{os.getpid()}", (Path("/Volumes"), Path("/dbfs"))
+    missing = [path for path in above if not path.exists()]
+    wanted = above[0] / name, above[1] / name
     try:
         for path in wanted:
-            for folder in (path.parent, path):
-                if not folder.exists():
-                    folder.mkdir()
-                    made.append(folder)
-    except OSError as error:
-        for folder in reversed(made):
-            folder.rmdir()
-        pytest.skip(f"a folder below / can only be made by root: {error}")
-    yield wanted
-    for folder in reversed(made):
-        shutil.rmtree(folder)
+            path.mkdir(parents=True)
+        yield wanted
+    except PermissionError as error:
+        pytest.skip(f"only root may make a folder below /: {error}")
+    finally:
+        for path in wanted:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in missing:
+            with contextlib.suppress(OSError):  # another run of these tests is in it
+                path.rmdir()
 
 
 @pytest.fixture
