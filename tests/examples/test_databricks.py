@@ -38,7 +38,7 @@ def classifier(engine: str = "barrier", **more: Any) -> TorchClassifier:
 
 # who may: local_session() makes a session; the others ask for the one there is, which getOrCreate() without settings gives
 MAKERS = {"engine/session.py"}
-ASKERS = {"engine/session.py", "ml/model.py", "ml/rows.py"}
+ASKERS = {"engine/session.py", "engine/spark.py"}
 
 
 def manners(source: str) -> set[str]:
