@@ -36,6 +36,7 @@ from pyspark.sql import DataFrame
 
 from bigdl_lite.comm.window import Window, pour
 from bigdl_lite.data.arrow import agree, nothing, shares
+from bigdl_lite.engine.again import ENDED
 from bigdl_lite.engine.cluster import Cluster, cluster_of
 from bigdl_lite.engine.device import Choice, Noting, current
 from bigdl_lite.engine.hall import Hall
@@ -52,7 +53,7 @@ from bigdl_lite.errors import BigDLError, DataError, MeetingTimeout, PeerLost, R
 _LOG = logging.getLogger("bigdl_lite")
 _LOST = re.compile(  # how Spark says that a process is gone, and how a rank says that another is
     r"Python worker (exited unexpectedly|process terminated)|ExecutorLostFailure|[Ee]xecutor.{0,40} lost|heartbeat timed out|"
-    r"Remote RPC client disassociated|Worker.{0,20} lost|FetchFailed|(?:PeerLost|MeetingTimeout): ([^\n]*)"
+    r"Remote RPC client disassociated|Worker.{0,20} lost|FetchFailed|(?:PeerLost|MeetingTimeout): ([^\n]*)|" + ENDED
 )
 _SCHEMA = "kind string, rank int, part int, payload binary"
 _ARROW = pa.schema([("kind", pa.string()), ("rank", pa.int32()), ("part", pa.int32()), ("payload", pa.binary())])

@@ -45,6 +45,7 @@ from bigdl_lite.batch import rounds
 from bigdl_lite.comm.room import Room, Table
 from bigdl_lite.comm.window import Window
 from bigdl_lite.data.arrow import Shapes, agree
+from bigdl_lite.engine.again import again
 from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.device import Given, Noting, decide
 from bigdl_lite.engine.each import told
@@ -304,7 +305,7 @@ class _Rounds:
         """Rows of every share, and those held out; the shapes of one row; whether all workers see the driver's memory; and the
         kind of device that all compute on.
         """
-        told = {token.partition: token for token in tokens.collect()}
+        told = {token.partition: token for token in again(tokens.collect)}
         errors = [json.loads(told[i].error) for i in sorted(told) if told[i].error]
         if errors:
             raise revive(errors[0])

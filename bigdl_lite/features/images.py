@@ -287,7 +287,7 @@ def read_images(
     if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
         raise RecipeError(f"classes={classes!r}: must be a list of names, each once")
     unknown = F.concat(F.lit("the folder of "), F.col("path"), F.lit(f" is none of the {len(classes)} classes"))
-    place = F.array_position(F.array(*map(F.lit, classes)), folder) - 1
+    place = F.call_function("array_position", F.array(*map(F.lit, classes)), folder) - 1
     label = F.when(place < 0, F.raise_error(unknown)).otherwise(place)
     # as StringIndexer marks its output, so that stages of pyspark.ml know the classes too
     marked = label.alias("label", metadata={"ml_attr": {"type": "nominal", "name": "label", "vals": list(classes)}})

@@ -81,6 +81,7 @@ def _dense(array: pa.StructArray, name: str) -> pa.Array:
     kind, size, indices, values = (fields[name] for name in ("type", "size", "indices", "values"))
     if values.null_count or not np.any(kind.to_numpy(zero_copy_only=False) == 0):
         return values
+    size = size.cast(pa.int64())  # dense vectors have none, and whole numbers with gaps come as floats from pandas (Spark 3.5)
     rows, sizes = [], set()
     for i in range(len(array)):
         found = values[i].values.to_numpy(zero_copy_only=False)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyspark.ml.functions import vector_to_array
 from pyspark.ml.linalg import VectorUDT
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, BinaryType, DataType, DoubleType, FloatType, StructField, StructType
 
 from bigdl_lite.data.columns import Name, Raw, flat, numeric
-from bigdl_lite.engine.spark import SPARK_ERRORS
+from bigdl_lite.engine.spark import SPARK_ERRORS, active_session
 from bigdl_lite.errors import DataError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def from_rdd(rdd: RDD[Any]) -> tuple[DataFrame, list[str], str, dict[str, Raw]]:
             raise DataError(f"{name} of the RDD's first row has dtype {x.dtype}, must be an array of real numbers")
     decoders = {name: Raw(tuple(x.shape), x.dtype.name) for name, x in zip(names, arrays, strict=True)}
     schema = StructType([StructField(name, BinaryType(), False) for name in names])
-    spark = SparkSession.builder.getOrCreate()  # an RDD lives in the active session
+    spark = active_session()  # where an RDD lives
     frame = spark.createDataFrame(rdd.mapPartitions(_encoder(list(decoders.values()))), schema)
     return frame, names[:-1], names[-1], decoders
 

@@ -107,7 +107,8 @@ def test_it_prints_nothing_and_leaves_nothing_behind(spark: Any, found: Diagnosi
         def state() -> Any:
             cached = sc._jsc.sc().getPersistentRDDs().size()
             mine = {thread.name for thread in threading.enumerate() if thread.name.startswith("bigdl_lite-doctor")}
-            return sorted(sc.getConf().getAll()), dict(spark.conf.getAll), cached, sc.getJobTags(), mine, sc._jsc.sc().isStopped()
+            settings = sorted(map(tuple, spark.sql("SET").collect()))  # spark.conf.getAll has come with Spark 4
+            return sorted(sc.getConf().getAll()), settings, cached, sc.getJobTags(), mine, sc._jsc.sc().isStopped()
 
         before = state()
         assert doctor.doctor(spark).seconds > 0

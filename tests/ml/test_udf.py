@@ -160,3 +160,15 @@ def test_arguments_are_looked_at_without_spark():
         arguments([numbers] * 4, [pair, column])
     with pytest.raises(DataError, match="no tensor can hold"):
         arguments([pa.array([{"a": 1}])], [column])
+
+
+def test_sizes_of_vectors_that_pandas_made_floats_are_sizes():
+    """So Spark 3.5 hands over dense and sparse vectors of one column."""
+    mixed = pa.array(
+        [
+            {"type": 1, "size": None, "indices": None, "values": [1.0, 2.0, 3.0]},
+            {"type": 0, "size": 3.0, "indices": [1], "values": [5.0]},
+        ],
+        pa.struct({"type": pa.int8(), "size": pa.float64(), "indices": pa.list_(pa.int32()), "values": pa.list_(pa.float64())}),
+    )
+    assert arguments([mixed], [Column("x", torch.float32, 1)])[0].to_pylist() == [[1.0, 2.0, 3.0], [0.0, 5.0, 0.0]]
