@@ -160,7 +160,7 @@ def _range(found: Sequence[float]) -> str:
 
 def _breaks(fitted: Mapping[str, Model]) -> str:
     """From how many executors on half of the work is lost, how many are the most of use, and what is then the largest part."""
-    at = [2**k for k in range(1, 17)]
+    at = [2**k for k in range(1, 11)]
     lines = []
     for engine, model in fitted.items():
         for size, n in SIZES.items():

@@ -55,7 +55,8 @@ def _draw_check(points: Sequence[Point], path: Path) -> None:
         mine = [x for x in points if x.engine == engine]
         groups = split(mine)
         model = costs.fit(groups["fitted"])
-        ends = [0.7 * min(x.median for x in mine), 1.4 * max(x.median for x in mine)]
+        both = [y for x in mine for y in (x.median, model.at(x))]
+        ends = [0.7 * min(both), 1.4 * max(both)]
         ax.plot(ends, ends, color="black", linewidth=1)
         ax.fill_between(ends, [0.75 * x for x in ends], [1.25 * x for x in ends], color="#999999", alpha=0.2, label="within 25 %")
         for (name, group), colour in zip(groups.items(), ("#8c8c8c", *_COLOURS), strict=False):
@@ -127,7 +128,7 @@ def _draw_parts(fitted: Mapping[str, Model], path: Path) -> None:
         ax.set_xlabel("executors")
     for ax in axes[:, 0]:
         ax.set_ylabel("seconds a step beside compute")
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[0, 1].legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="upper left")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

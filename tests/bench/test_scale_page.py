@@ -21,11 +21,11 @@ def test_points_that_the_model_does_not_explain_are_seen() -> None:
 
 
 def test_the_driver_sent_and_received_what_the_formulas_say() -> None:
-    """By the kernel's count of its link, with headers and what Spark says beside."""
+    """By the kernel's count of its link, with headers and what Spark says beside; few blocks are broadcast more often."""
     for x in load(POINTS):
         c = count(x.engine, x.p, x.n)
         if x.engine == "shuffle" and x.n > 500_000:
-            assert 0.6 < x.driver_sent / c.sends < 1.6 and 0.9 < x.driver_received / c.receives < 1.4, x
+            assert 0.6 < x.driver_sent / c.sends < 2.0 and 0.9 < x.driver_received / c.receives < 1.4, x
 
 
 def test_the_tables_of_the_page_are_those_of_the_points() -> None:
