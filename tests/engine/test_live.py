@@ -31,6 +31,7 @@ from bigdl_lite.comm.door import call
 from bigdl_lite.comm.link import FACT, MOST, TENSOR, Link, exchange, header
 from bigdl_lite.comm.window import Window
 from bigdl_lite.engine import barrier, hall, live
+from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.keeper import Part, dump
 from bigdl_lite.engine.live import Address, Listener, Speaker
 from bigdl_lite.engine.recipe import Position, silent
@@ -634,7 +635,7 @@ def test_a_rank_whose_address_is_not_its_machines_may_still_share_memory(
     alone = SimpleNamespace(
         partitionId=lambda: 0, getTaskInfos=lambda: [SimpleNamespace(address=f"{host}:1")], resources=dict, allGather=lambda x: [x]
     )
-    recipe = SimpleNamespace(run="r", num_workers=1, deadline=1.0, apart=False, round=SimpleNamespace(exchange=None))
+    recipe = SimpleNamespace(run="r", num_workers=1, deadline=1.0, apart=False, device="cpu", round=SimpleNamespace(exchange=None))
     met = hall.Hall(alone, recipe, True, TOKEN)
     told = met.gather(None, None)
     assert len(told) == 1 and bool(told[0]["port"]) == port
@@ -646,9 +647,10 @@ def test_a_rank_whose_address_is_not_its_machines_may_still_share_memory(
     met.leave()
 
 
-def context(master: str, **conf: str) -> Any:
+def application(master: str, **conf: str) -> Any:
     settings = {name.replace("_", "."): value for name, value in conf.items()}
-    return SimpleNamespace(master=master, getConf=lambda: SimpleNamespace(get=lambda key, default: settings.get(key, default)))
+    context = SimpleNamespace(master=master, applicationId="app", getConf=lambda: settings)
+    return cluster_of(SimpleNamespace(sparkContext=context, _jsparkSession=None))
 
 
 ENCRYPTED = {"spark_network_crypto_enabled": "true"}
@@ -657,13 +659,13 @@ ENCRYPTED = {"spark_network_crypto_enabled": "true"}
 @pytest.mark.parametrize("master", ["spark://host:7077", "yarn", "k8s://https://host", "local-cluster[2,1,1024]"])
 def test_ranks_of_a_cluster_do_not_speak_in_clear_past_encryption_unless_that_is_allowed(master: str) -> None:
     with pytest.raises(RecipeError, match=r"engine='shuffle', or allow it with engine=BarrierEngine\(allow_clear=True\)"):
-        barrier._may_speak_in_clear(context(master, **ENCRYPTED), False)
-    assert barrier._may_speak_in_clear(context(master, **ENCRYPTED), True)
-    assert barrier._may_speak_in_clear(context(master), False)  # the control: nothing was to be encrypted
+        barrier._may_speak_in_clear(application(master, **ENCRYPTED), False)
+    assert barrier._may_speak_in_clear(application(master, **ENCRYPTED), True)
+    assert barrier._may_speak_in_clear(application(master), False)  # the control: nothing was to be encrypted
 
 
 def test_on_one_machine_ranks_train_without_live_lines() -> None:
-    assert not barrier._may_speak_in_clear(context("local[4]", **ENCRYPTED), False)
+    assert not barrier._may_speak_in_clear(application("local[4]", **ENCRYPTED), False)
     with barrier._listen(None, silent, None, 20.0, silent) as listener:
         assert listener is None
     with barrier._listen(HOST, silent, None, 20.0, silent) as listener:  # the control
