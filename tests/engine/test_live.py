@@ -195,7 +195,8 @@ def test_an_observer_that_raises_does_not_end_the_listening() -> None:
             speaker({"note": epoch})
             speaker.close()
             assert told.get(timeout=WAIT) == {"epoch": epoch}
-    assert told.get(timeout=WAIT) == {"note": 1} and told.empty()
+        assert told.get(timeout=WAIT) == {"note": 1}  # before the end, which may come before what is still on its way
+    assert told.empty()
 
 
 def test_a_silent_stranger_does_not_keep_the_speaker_out(heard: Heard) -> None:
