@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
@@ -173,7 +174,7 @@ class FittedTable:
     def _id(self, df: DataFrame, name: str, how: Index | Hashed) -> Column:
         text = _text(df, name)
         if isinstance(how, Index):
-            return mapped(ids_of(self.words[name], 1, 0), "bigint")(text)
+            return mapped(ids_of(self.words[name], 1, 0), pa.string(), "bigint")(text)
         return F.when(text.isNull(), F.lit(0).cast("long")).otherwise(1 + F.pmod(F.xxhash64(text), F.lit(how.buckets)))
 
     def _dense(self, df: DataFrame) -> Column:

@@ -97,8 +97,10 @@ def ids_of(words: Sequence[str], first: int, unknown: int) -> Callable[[pa.Array
     return ids
 
 
-def mapped(function: Callable[[pa.Array], pa.Array], sql_type: str) -> Callable[[Column], Column]:
+def mapped(function: Callable[[pa.Array], pa.Array], given: pa.DataType, sql_type: str) -> Callable[[Column], Column]:
     """A column computed in Python, an Arrow array at a time. Spark < 4.1 has this over pandas only, and converts on both sides.
+
+    given  the type of the arrays, which a Series of nulls does not tell
 
     Spark's own maps and arrays are searched from end to end, a cost for each word that grows with their length; Arrow hashes.
     """
@@ -112,7 +114,7 @@ def mapped(function: Callable[[pa.Array], pa.Array], sql_type: str) -> Callable[
     import pandas as pd
 
     def through(batches: Any) -> Any:
-        return (function(pa.Array.from_pandas(batch)).to_pandas() for batch in batches)
+        return (function(pa.Array.from_pandas(batch, type=given)).to_pandas() for batch in batches)
 
     through.__annotations__ = {"batches": Iterator[pd.Series], "return": Iterator[pd.Series]}
     return F.pandas_udf(through, sql_type)

@@ -147,7 +147,7 @@ def token_ids(
     if length < 1:
         raise RecipeError(f"token_ids(length={length}): must be at least 1")
     columns(df, [column], [into, *([mask] if mask else [])])
-    made = df.withColumn(into, mapped(_padded(vocabulary, length), "array<bigint>")(_words(df, column)))
+    made = df.withColumn(into, mapped(_padded(vocabulary, length), pa.list_(pa.string()), "array<bigint>")(_words(df, column)))
     if mask is None:
         return made
     return made.withColumn(mask, F.transform(col(into), lambda id: F.when(id != PADDING, 1.0).otherwise(0.0).cast("float")))
