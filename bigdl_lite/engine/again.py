@@ -1,6 +1,6 @@
 """A job once more, where Spark gave a task the worker process that it had ended with a cancelled task.
 
-Spark 3.5 and 4.0 keep such a process among the idle ones, and the next task that gets it fails before it has begun. A cluster tries
+Spark 3.5 to 4.1 keep such a process among the idle ones, and the next task that gets it fails before it has begun. A cluster tries
 the task again; local[...] does not, nor does a stage with a barrier. Each try takes one such process away.
 """
 
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-ENDED = r"SocketException: Socket is closed|CancelledKeyException"  # as 3.5 says it, and 4.0
+ENDED = r"SocketException: Socket is closed|CancelledKeyException|ClosedChannelException"  # as 3.5 says it, 4.0, and 4.0 and 4.1
 _TRIES = 4
 
 

@@ -216,7 +216,7 @@ def test_what_cannot_be_says_so(connect: Client) -> None:
     assert told["no column"][0] == "DataError" and "'nothing'" in told["no column"][1]
     kind, text = told["the user's own"]
     assert kind == "UserError" and text.startswith("Traceback") and "ZeroDivisionError: of the user's own" in text
-    assert told["a cast"][0] == "DataError" and "'(id < 50)' is not true" in told["a cast"][1]
+    assert told["a cast"][0] == "DataError" and told["a cast"][1].startswith("Spark cannot compute the rows: ")
 
 
 @pytest.mark.slow
