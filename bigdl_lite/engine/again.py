@@ -12,7 +12,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-ENDED = r"SocketException: Socket is closed|CancelledKeyException|ClosedChannelException"  # as 3.5 says it, 4.0, and 4.0 and 4.1
+ENDED = r"SocketException: Socket is closed|CancelledKeyException|ClosedChannelException"  # as 3.5, 4.0 and 4.1 say it
 _TRIES = 4
 
 

@@ -1,9 +1,9 @@
 """A DataFrame in as many partitions as there are workers, the same rows in the same order in each, however often computed.
 
-what the frame is                              how it is brought to p partitions
-already in p                                   taken as it is
-a selection from whole files (Parquet, ORC)    read in p parts, where files divide evenly
-anything else                                  one shuffle, which writes all rows to local disks once more
+    what the frame is                              how it is brought to p partitions
+    already in p                                   taken as it is
+    a selection from whole files (Parquet, ORC)    read in p parts, where files divide evenly
+    anything else                                  one shuffle, which writes all rows to local disks once more
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class BarrierEngine:
         p, cluster = recipe.num_workers, cluster_of(frame.sparkSession)
         if cluster.elastic and not cluster.beside:
             raise RecipeError(
-                "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: take "
-                f"{cluster.instead}an application with a fixed number of executors"
+                "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage where executors come and go: "
+                f"{cluster.instead}take an application with a fixed number of executors"
             )
         free = cluster.slots(self.profile)
         if p > free:
@@ -105,8 +105,8 @@ class BarrierEngine:
         clear = _may_speak_in_clear(cluster, self.allow_clear)
         if keep is not None and not clear:
             raise RecipeError(
-                "Spark's encryption is on, and ranks of the barrier engine bring checkpoints to the driver past Spark, in clear: take "
-                "engine='shuffle', or allow it with engine=BarrierEngine(allow_clear=True)"
+                "Spark's encryption is on, and ranks of the barrier engine bring checkpoints to the driver past Spark, in clear: "
+                f"{cluster.instead}allow it with engine=BarrierEngine(allow_clear=True)"
             )
         keeper = Keeper(recipe) if keep is None else keep
         keeper.in_background()
@@ -180,7 +180,7 @@ def _may_speak_in_clear(cluster: Cluster, allowed: bool) -> bool:
     if not cluster.beside:
         raise RecipeError(
             f"Spark's encryption is on, and ranks of the barrier engine on several machines ({cluster.master}) speak to each other "
-            "past Spark, authenticated but in clear: take engine='shuffle', or allow it with "
+            f"past Spark, authenticated but in clear: {cluster.instead}allow it with "
             "engine=BarrierEngine(allow_clear=True)"
         )
     return False

@@ -18,6 +18,7 @@ import socket
 import tempfile
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Piece(Protocol):
     """Bytes that a task reads: value. destroy() on the driver, when no task needs them any more."""
 
     @property
-    def value(self) -> bytes | memoryview: ...
+    def value(self) -> bytes: ...
 
     def destroy(self) -> None: ...
 
@@ -56,7 +57,7 @@ class Cluster(Protocol):
     beside    whether all tasks run on the driver's machine (local[...]), and see the memory of this process
     elastic   whether executors come and go by themselves; Spark runs no barrier stage then
     encrypts  whether the user asked Spark to encrypt what it moves or writes
-    instead   of the barrier engine, for messages: "engine='shuffle', or ", where there is that one
+    instead   of the barrier engine, for messages: "take engine='shuffle', or ", where there is that one
     """
 
     key: str
@@ -99,9 +100,9 @@ def cluster_of(session: SparkSession) -> Cluster:
     return Classic(session) if is_classic(session) else Connect(session)
 
 
-class _Settings:
-    def setting(self, name: str, default: str) -> str:
-        raise NotImplementedError
+class _Settings(ABC):
+    @abstractmethod
+    def setting(self, name: str, default: str) -> str: ...
 
     @property
     def elastic(self) -> bool:
@@ -113,7 +114,7 @@ class _Settings:
 
 
 class Classic(_Settings):
-    instead = "engine='shuffle', or "
+    instead = "take engine='shuffle', or "
 
     def __init__(self, session: SparkSession) -> None:
         self._session, self._context = session, session.sparkContext
@@ -279,11 +280,11 @@ class _Artifact:
     name: str
 
     @property
-    def value(self) -> memoryview:
+    def value(self) -> bytes:
         from pyspark import SparkFiles
 
         with open(os.path.join(SparkFiles.getRootDirectory(), self.name), "rb") as source:
-            return memoryview(pa.py_buffer(source.read()))
+            return source.read()
 
     def destroy(self) -> None:
         pass

@@ -1,6 +1,6 @@
 """The door to Spark: frames in shape for the engines, slots, jobs that can be cancelled. Version differences end here.
 
-p  workers
+    p  workers
 """
 
 from __future__ import annotations

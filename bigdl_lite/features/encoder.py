@@ -1,7 +1,7 @@
 """A Table as stages of a pyspark.ml Pipeline: TableEncoder fits it, TableEncoderModel adds the columns.
 
-<path>/metadata/     as every pyspark.ml stage writes it
-<path>/table.json    the categories, means and standard deviations; nothing in it is ever executed
+    <path>/metadata/     as every pyspark.ml stage writes it
+    <path>/table.json    the categories, means and standard deviations; nothing in it is ever executed
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """doctor(spark): what a session is for a fit, before the first one.
 
-facts.py     settings, one job over all slots, one tiny barrier stage   -> Facts
-checks.py    ten rules                                                  Facts -> what was found, what to do
-here         Diagnosis, a value whose repr is a table
+    facts.py     settings, one job over all slots, one tiny barrier stage   -> Facts
+    checks.py    ten rules                                                  Facts -> what was found, what to do
+    here         Diagnosis, a value whose repr is a table
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What doctor() asks of a session: a few settings, one job over all slots, one tiny barrier stage. The rules are in checks.py.
 
-p  tasks, one for each slot
+    p  tasks, one for each slot
 """
 
 from __future__ import annotations
