@@ -45,7 +45,8 @@ class Spark:
         return ".".join(self.version.split(".")[:2])
 
 
-SPARKS = (Spark("3.5.9"), Spark("4.0.5"), Spark("4.1.4"), Spark("4.3.0"))
+# The Connect client of 3.5 asks for the older NumPy.
+SPARKS = (Spark("3.5.9", needs=("numpy<2", "ml-dtypes<0.6")), Spark("4.0.5"), Spark("4.1.4"), Spark("4.3.0"))
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def constraints(spark: Spark) -> list[str]:
     """Every package as it is here, but Spark's own and those that the Spark needs otherwise."""
     free = {"bigdl-lite", "pyspark", "py4j", "pip", "setuptools", *(_name(need) for need in spark.needs)}
     here = {_name(found.metadata["Name"]): found.version.split("+")[0] for found in metadata.distributions()}
-    return [f"{name}=={version}" for name, version in sorted(here.items()) if name not in free]
+    fixed = [f"{name}=={version}" for name, version in sorted(here.items()) if name not in free]
+    return [*fixed, f"pyspark=={spark.version}", *spark.needs]  # of all extras, or pip tries each older Spark for them
 
 
 def _name(requirement: str) -> str:
