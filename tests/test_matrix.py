@@ -12,12 +12,13 @@ from tests import matrix
 from tests.conftest import ROOT
 
 XML = '<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="20" time="5.0"></testsuite></testsuites>'
-OLD = f"before\n\n{matrix.BEGIN}\n\n{matrix.markdown([['3.5.1', *'abcdefghi'], ['2.4.8', *'abcdefghi']])}\n\n{matrix.END}\nafter\n"
+PACKAGES = ("3.11.7", "2.13.0", "2.4.6", "2.3.3", "26.0.1")
+OLD = f"before\n\n{matrix.BEGIN}\n\n{matrix.markdown([['3.5.1', *'abcdefghij'], ['2.4.8', *'abcdefghij']])}\n\n{matrix.END}\nafter\n"
 
 
 def test_the_table_in_the_docs_is_that_of_the_matrix() -> None:
     found = matrix.rows(matrix.DOCS.read_text())
-    assert [row[0] for row in found.values()] == [spark.version for spark in matrix.SPARKS]
+    assert [row[0] for row in found.values()] == [spark.name for spark in matrix.SPARKS]
     for row in found.values():
         said = dict(zip(matrix.HEAD, row, strict=True))
         assert int(said["passed"]) > 0 and min(int(said["failed"]), int(said["skipped"])) >= 0 and said["tests"]
@@ -39,6 +40,14 @@ def test_environments_differ_in_spark_alone() -> None:
     assert "numpy" in dict(line.split("==") for line in matrix.constraints(matrix.Spark("3.5.9")))  # the control
 
 
+def test_the_oldest_of_all_is_what_setup_py_asks_for() -> None:
+    extras = ("pandas<3,>=2.2; extra == 'local'", "pyspark>=3.5; extra == 'local'", "pytest>=8; extra == 'test'")
+    found = matrix.floors(["torch<2.14,>=2.4", *extras])
+    assert found == ["pandas==2.2", "torch==2.4"]
+    fixed = matrix.constraints(next(spark for spark in matrix.SPARKS if spark.oldest))
+    assert {"numpy==1.26", "pyspark==3.5.0"} <= set(fixed) and f"torch=={metadata.version('torch').split('+')[0]}" not in fixed
+
+
 def test_a_kept_environment_is_used_while_its_packages_are_those_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran, spark = list[list[str]](), matrix.SPARKS[-1]
 
@@ -58,7 +67,7 @@ def test_a_kept_environment_is_used_while_its_packages_are_those_that_are_here(t
 
 
 def test_counts_come_from_what_pytest_wrote() -> None:
-    found = matrix.counted(XML, matrix.SPARKS[0], 12.0, ("2.4.6", "2.3.3", "26.0.1"))
+    found = matrix.counted(XML, matrix.SPARKS[0], 12.0, PACKAGES)
     assert (found.passed, found.failed, found.skipped) == (14, 3, 3)
 
 
@@ -66,14 +75,14 @@ def test_a_row_takes_the_place_of_the_one_of_its_line(tmp_path: Path, monkeypatc
     page = tmp_path / "page.md"
     page.write_text(OLD)
     monkeypatch.setattr(matrix, "DOCS", page)
-    result = matrix.Result(matrix.SPARKS[0], 14, 0, 3, 12.0, ("2.4.6", "2.3.3", "26.0.1"))
+    result = matrix.Result(matrix.SPARKS[1], 14, 0, 3, 12.0, PACKAGES)
     matrix.write([result], "2001-02-03")
     rows = matrix.rows(page.read_text())
-    assert list(rows) == ["3.5"] and rows["3.5"][0] == matrix.SPARKS[0].version and rows["3.5"][-4:] == ("14", "0", "3", "2001-02-03")
+    assert list(rows) == ["3.5"] and rows["3.5"][0] == matrix.SPARKS[1].version and rows["3.5"][-4:] == ("14", "0", "3", "2001-02-03")
     assert page.read_text().startswith("before\n") and page.read_text().endswith("\nafter\n")
 
 
 def test_a_row_says_which_tests_ran() -> None:
-    said = [matrix.Result(matrix.SPARKS[0], 1, 0, 0, 1.0, ("a", "b", "c"), *more).row("2001-02-03") for more in ((), ("tests/wire",))]
+    said = [matrix.Result(matrix.SPARKS[0], 1, 0, 0, 1.0, PACKAGES, *more).row("2001-02-03") for more in ((), ("tests/wire",))]
     at = matrix.HEAD.index("tests")
     assert [row[at] for row in said] == [matrix.ALL, "tests/wire"]

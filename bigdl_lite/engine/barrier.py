@@ -1,7 +1,7 @@
 """The barrier engine: one barrier stage for the whole fit, ranks that meet in memory and over the network.
 
     DataFrame -> mapInArrow(barrier=True): p tasks, all or none, at the same time
-                   decode the partition -> one allGather (who, where, how many rows) -> train -> rank 0 yields the outcome
+                   decode the partition -> all say who, where, how many rows -> train -> rank 0 yields the outcome
               -> the driver
 
 A user's error ends the stage in peace: the failing rank tells the others through the block, and yields its error as a
@@ -142,7 +142,7 @@ class BarrierEngine:
                     losses.append(why)
                     cluster.cancel(tag)  # or Spark would wait for it, or begin again without the last state
 
-                with _listen(host, observer, keeper, recipe.deadline, lost) as live:
+                with _listen(host, observer, keeper, recipe.deadline, lost, p) as live:
                     way = _Way(
                         shipped, result.address if result else "", live.address if live else None, self.share_memory,
                         secrets.token_hex(32), cluster.beside, versions(),
@@ -186,11 +186,13 @@ def _may_speak_in_clear(cluster: Cluster, allowed: bool) -> bool:
     return False
 
 
-def _listen(host: str | None, observer: Observer, keeper: Keeper | None, deadline: float, lost: Callable[[str], None]) -> Any:
+def _listen(
+    host: str | None, observer: Observer, keeper: Keeper | None, deadline: float, lost: Callable[[str], None], ranks: int = 1
+) -> Any:  # fmt: skip
     if host is None:
         return contextlib.nullcontext()
     try:
-        return Listener(host, secrets.token_hex(16), observer, keeper, deadline, lost)
+        return Listener(host, secrets.token_hex(16), observer, keeper, deadline, lost, ranks=ranks)
     except OSError as error:
         if keeper is not None and keeper.checkpoints is not None:
             raise RecipeError(
@@ -272,7 +274,7 @@ def _rank(batches: Iterator[pa.RecordBatch], recipe: Recipe, way: _Way) -> Itera
     hall = None
     try:
         hall = Hall(context, recipe, way.share_memory, way.secret)
-        everyone = hall.gather(mine, failure, held)
+        everyone = hall.gather(speaker, mine, failure, held)
         if failure or any(other["failure"] for other in everyone):
             if failure:
                 yield _row("error", rank, json.dumps(failure).encode())

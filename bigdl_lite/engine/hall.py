@@ -17,6 +17,7 @@ from bigdl_lite.comm.window import Look, Window, available, look
 from bigdl_lite.data.arrow import shapes
 from bigdl_lite.engine.device import CPU, Choice, Given, Staging, decide
 from bigdl_lite.engine.device import look as look_at_gpu
+from bigdl_lite.engine.live import Speaker
 from bigdl_lite.engine.meeting import Meeting, Place
 from bigdl_lite.engine.rank import block_size
 from bigdl_lite.engine.recipe import Recipe
@@ -41,8 +42,10 @@ class Hall:
         self.mail = mailbox() if share_memory and not recipe.apart and available() else None
         self.memory: Window | None = None
 
-    def gather(self, mine: Batch | None, failure: dict[str, str] | None, held: Batch | None = None) -> list[dict[str, Any]]:
-        """What every rank has to say, in rank order: the one all-gather through Spark, which takes up to a second."""
+    def gather(
+        self, speaker: Speaker, mine: Batch | None, failure: dict[str, str] | None, held: Batch | None = None
+    ) -> list[dict[str, Any]]:
+        """What every rank has to say, in rank order: through the driver, or by an all-gather of Spark's, which takes a second."""
         port = 0
         if self.rank == 0:
             with contextlib.suppress(RecipeError):  # no address to listen on: an error only where ranks share no memory
@@ -53,7 +56,8 @@ class Hall:
             "rows": mine.rows if mine else 0, "shapes": shapes(mine or held),
             "gpu": asdict(look_at_gpu(gpus(), self.recipe.device, self.host)),
         }  # fmt: skip
-        return [json.loads(told) for told in self.context.allGather(json.dumps(hello))]
+        told = speaker.gather(hello)
+        return [json.loads(word) for word in self.context.allGather(json.dumps(hello))] if told is None else told
 
     def enter(self, everyone: list[dict[str, Any]]) -> Meeting:
         """Raises RecipeError, on all ranks alike, where they cannot compute on what the recipe asks for."""

@@ -6,6 +6,7 @@ run (comm/door.py). Facts and tensors travel in clear; on the driver's machine t
     rank                                                          driver
     {"alive": rank}, every few seconds; {"bye"} at the end        a rank that is silent, or gone without a word, is given up
     {"step" ...} and other lines, from rank 0                     the observer; best effort, training never waits
+    {"word"}, once                                                {"wait"} until all ranks have said theirs, then {"all"} (gather.py)
     {"asked"}, from rank 0                                        whether the observer wants the fit to end
     {"kept"}                                                      which state it still needs, and must not be written to
     {"state": nbytes, "address": ...}                             looks there, or says {"blind"}: then the bytes are sent
@@ -16,19 +17,22 @@ Where a firewall forbids it, a fit has no live lines and begins anew after a los
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bigdl_lite.comm.door import Service, call
-from bigdl_lite.comm.link import TENSOR, Link, exchange
+from bigdl_lite.comm.link import MOST, TENSOR, Link, exchange
 from bigdl_lite.comm.window import Window, available, look
+from bigdl_lite.engine.gather import Gathering
 from bigdl_lite.engine.keeper import Keeper, Part, dump, parse
 from bigdl_lite.engine.recipe import Event, Observer, silent
 from bigdl_lite.errors import BigDLError, CheckpointError, MeetingTimeout, PeerLost, WireError
@@ -52,18 +56,21 @@ class Listener:
     """The driver's end; use it as a context manager. address is for the Speakers.
 
     lost(why)   is called once, from a thread, where a rank that was there is gone, or gave no sign of life for the deadline
+    ranks       of the stage, which say to one another who they are
     most        bytes of a part of the state that are taken at most; of memory a part takes no more than what came
     Raises      OSError where nothing can listen on host
     """
 
     def __init__(
         self, host: str, token: str, observer: Observer, keeper: Keeper | None = None, deadline: float = 120.0,
-        lost: Callable[[str], None] = lambda why: None, most: int = _MOST,
+        lost: Callable[[str], None] = lambda why: None, most: int = _MOST, ranks: int = 1,
     ) -> None:  # fmt: skip
         self._observer, self._keeper, self._lost, self._deadline, self._most = observer, keeper, lost, deadline, most
         self._one_at_a_time, self._once, self._keeping = threading.Lock(), threading.Lock(), threading.Lock()
+        self._pause = min(_BUSY, deadline / 4)
         self._heard: dict[Link, tuple[int, float]] = {}  # rank, and when it was last heard; inf while it is being served
         self._closed, self._ended = threading.Event(), False
+        self._gathering = Gathering(ranks)
         self._service = Service(host, token, "live", self._hear, "bigdl_lite-live")
         self._watch = threading.Thread(target=self._look_around, name="bigdl_lite-watch", daemon=True)
         self.address = Address(host, self._service.port, token, deadline)
@@ -76,6 +83,7 @@ class Listener:
         self._closed.set()
         with self._keeping:
             self._ended = True
+        self._gathering.end()
         self._service.close()
 
     def _look_around(self) -> None:
@@ -100,13 +108,17 @@ class Listener:
                 event = link.hear(None)
                 rank = event.get("alive", -1 if "bye" in event else rank)
                 self._heard[link] = rank, float("inf")
-                if "state" in event:
+                if "alive" in event:
+                    self._gathering.here(rank)
+                elif "state" in event:
                     self._take(link, event)
                 elif "asked" in event:
                     link.tell({"asked": bool(getattr(self._observer, "asked", bool)())}, self._deadline)
                 elif "kept" in event:
                     link.tell({"kept": self._keeper.kept if self._keeper else -1}, self._deadline)
-                elif not event.keys() & {"alive", "bye"} and not self._tell(observe, event):
+                elif "word" in event:
+                    link.tell({"all": self._gathering.say(rank, event["word"], self._pause, lambda: self._wait(link))}, self._deadline)
+                elif "bye" not in event and not self._tell(observe, event):
                     observe = silent
         except PeerLost:
             if rank >= 0:
@@ -138,13 +150,16 @@ class Listener:
             link.tell({"refused": str(error)}, self._deadline)
             return
         if self._keeper is not None:
-            while not self._keeper.ready(min(_BUSY, self._deadline / 4)):
-                link.tell({"wait": True}, self._deadline)
+            while not self._keeper.ready(self._pause):
+                self._wait(link)
             with self._keeping:
                 if self._ended:  # meanwhile, and its parts must not mix with those of the next stage
                     raise PeerLost("the stage has ended")
                 self._keeper(part)
         link.tell({"ok": True}, self._deadline)
+
+    def _wait(self, link: Link) -> None:
+        link.tell({"wait": True}, self._deadline)
 
     def _memory(self, link: Link, nbytes: int, address: str, tag: int) -> Tensor:
         """The bytes of a part [nbytes] uint8: looked at where they lie, or received."""
@@ -208,6 +223,22 @@ class Speaker:
             except BigDLError:
                 self._hang_up()
                 return False
+
+    def gather(self, word: Any) -> list[Any] | None:
+        """What all ranks say, in their order; None where they are to ask Spark: then this holds for all of them.
+
+        Raises  PeerLost or MeetingTimeout where the connection is lost meanwhile, and with it the stage.
+        """
+        with self._lock:
+            if self._link is None or self._address is None:
+                return None
+            try:
+                self._link.tell({"word": word if len(json.dumps(word)) < MOST // 2 else None}, self._address.deadline)
+                found: list[Any] | None = _answer(self._link, self._address.deadline)["all"]
+                return found
+            except BigDLError:
+                self._hang_up()
+                raise
 
     def give(self, part: Part) -> None:
         """Brings a part of the state to the driver; returns when the driver has it.

@@ -638,7 +638,7 @@ def test_a_rank_whose_address_is_not_its_machines_may_still_share_memory(
     )
     recipe = SimpleNamespace(run="r", num_workers=1, deadline=1.0, apart=False, device="cpu", round=SimpleNamespace(exchange=None))
     met = hall.Hall(alone, recipe, True, TOKEN)
-    told = met.gather(None, None)
+    told = met.gather(Speaker(None), None, None)
     assert len(told) == 1 and bool(told[0]["port"]) == port
     if not port:
         elsewhere = [*told, told[0] | {"mail": ""}]

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,18 @@ def test_the_site_is_built_without_a_warning_and_every_page_is_in_it(site: Path)
 
 def test_no_link_inside_the_site_leads_nowhere(site: Path) -> None:
     assert broken(site) == []
+
+
+def repeated(text: str) -> list[str]:
+    """Headings that a page has more than once."""
+    headings = re.findall(r"^#+ .*", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return [heading for heading, times in Counter(headings).items() if times > 1]
+
+
+def test_no_section_stands_twice() -> None:
+    assert [(page, found) for page in PAGES if (found := repeated((GUIDE / f"{page}.md").read_text()))] == []
+    assert repeated((ROOT / "README.md").read_text()) == []
+    assert repeated("# A\n```bash\n# run\n# run\n```\n## B\ntext\n## B\n") == ["## B"]
 
 
 def test_a_link_that_leads_nowhere_is_seen(tmp_path: Path) -> None:
