@@ -23,7 +23,9 @@ def spark() -> Iterator[Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     from bigdl_lite import local_session
 
-    session = local_session(cores=4, app_name="bigdl_lite tests", conf={"spark.ui.showConsoleProgress": "false", "spark.driver.extraJavaOptions": os.environ.get("TESTJVM", "-Da=b")})
+    # a JVM for short work: the second compiler would take a core for minutes, for code that runs once
+    conf = {"spark.ui.showConsoleProgress": "false", "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}
+    session = local_session(cores=4, app_name="bigdl_lite tests", conf=conf)
     session.sparkContext.setLogLevel("OFF")
     yield session
     session.stop()
