@@ -130,7 +130,6 @@ class BarrierEngine:
     ) -> Outcome:  # fmt: skip
         """One barrier stage from start to end. Raises PeerLost where it ended because a rank was lost."""
         p = recipe.num_workers
-        host = cluster.host() if keeper is not None else None
         shipped = Shipped.send(cluster, start, may_map=self.share_memory)
         result = mappable(cluster, start.weights.nbytes) if self.share_memory else None
         parts = 1 if result else -(-start.weights.nbytes // _PARTITION)
@@ -142,7 +141,7 @@ class BarrierEngine:
                     losses.append(why)
                     cluster.cancel(tag)  # or Spark would wait for it, or begin again without the last state
 
-                with _listen(host, observer, keeper, recipe.deadline, lost, p) as live:
+                with _listen(cluster, observer, keeper, recipe.deadline, lost, p) as live:
                     way = _Way(
                         shipped, result.address if result else "", live.address if live else None, self.share_memory,
                         secrets.token_hex(32), cluster.beside, versions(),
@@ -187,19 +186,23 @@ def _may_speak_in_clear(cluster: Cluster, allowed: bool) -> bool:
 
 
 def _listen(
-    host: str | None, observer: Observer, keeper: Keeper | None, deadline: float, lost: Callable[[str], None], ranks: int = 1
+    cluster: Cluster, observer: Observer, keeper: Keeper | None, deadline: float, lost: Callable[[str], None], ranks: int
 ) -> Any:  # fmt: skip
-    if host is None:
+    if keeper is None:  # nothing may travel in clear
         return contextlib.nullcontext()
+    host = cluster.host()
+    where = host or "any address"
     try:
+        if not host:
+            raise OSError("no address leads to the server by its name")
         return Listener(host, secrets.token_hex(16), observer, keeper, deadline, lost, ranks=ranks)
     except OSError as error:
-        if keeper is not None and keeper.checkpoints is not None:
+        if keeper.checkpoints is not None:
             raise RecipeError(
-                f"ranks cannot bring checkpoints to the driver: it cannot listen on spark.driver.host={host} ({error}); set it to an "
-                "address of this machine, or take engine='shuffle'"
+                f"ranks cannot bring checkpoints to the driver: it cannot listen on {where} ({error}); "
+                f"{cluster.instead}{cluster.reach}"
             ) from error
-        _LOG.info("no live lines, and after a loss the fit begins anew: the driver cannot listen on %s: %s", host, error)
+        _LOG.info("no live lines, and after a loss the fit begins anew: the driver cannot listen on %s: %s", where, error)
         return contextlib.nullcontext()
 
 

@@ -58,6 +58,7 @@ class Cluster(Protocol):
     elastic   whether executors come and go by themselves; Spark runs no barrier stage then
     encrypts  whether the user asked Spark to encrypt what it moves or writes
     instead   of the barrier engine, for messages: "take engine='shuffle', or ", where there is that one
+    reach     what to do, for messages, where executors cannot call this program
     """
 
     key: str
@@ -66,6 +67,7 @@ class Cluster(Protocol):
     elastic: bool
     encrypts: bool
     instead: str
+    reach: str
 
     def slots(self, profile: ResourceProfile | None = None) -> int:
         """How many tasks, of a profile, can run at once, now."""
@@ -74,7 +76,7 @@ class Cluster(Protocol):
     def setting(self, name: str, default: str) -> str: ...
 
     def host(self) -> str:
-        """The address at which executors can call this program, if they can call it at all."""
+        """The address at which executors can call this program, if they can call it at all; "" where there is none."""
         ...
 
     def jobs(self, description: str) -> AbstractContextManager[str]:
@@ -115,6 +117,7 @@ class _Settings(ABC):
 
 class Classic(_Settings):
     instead = "take engine='shuffle', or "
+    reach = "set spark.driver.host to an address of this machine"
 
     def __init__(self, session: SparkSession) -> None:
         self._session, self._context = session, session.sparkContext
@@ -158,6 +161,7 @@ class Connect(_Settings):
     """A session of Spark Connect. Its server may be anywhere, so nothing is taken for shared with it: no memory, no disk."""
 
     beside, instead = False, ""
+    reach = "fit without checkpointDir"
 
     def __init__(self, session: SparkSession) -> None:
         self._session = session
@@ -180,12 +184,15 @@ class Connect(_Settings):
             return default
 
     def host(self) -> str:
-        """That of the network which leads to the server."""
+        """That of the network which leads to the server; "" where only a proxy knows the server's name."""
         server = self._session.client.host.strip("[]")  # type: ignore[attr-defined]
-        family, kind, protocol, _, address = socket.getaddrinfo(server, 15002, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # of datagrams: nothing is sent
-            return str(probe.getsockname()[0])
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(server, 15002, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # of datagrams: nothing is sent
+                return str(probe.getsockname()[0])
+        except OSError:
+            return ""
 
     @contextlib.contextmanager
     def jobs(self, description: str) -> Iterator[str]:

@@ -262,7 +262,7 @@ class Speaker:
                     host = f"{self._address.host}:{self._address.port}" if self._address else "an address that this run does not have"
                     raise CheckpointError(
                         f"rank {part.rank} cannot bring its part of the checkpoint of step {part.now.step} to the driver at {host}: "
-                        f"{error}; let executors connect to the driver, or take engine='shuffle'"
+                        f"{error}; let executors connect to the driver, or take engine='shuffle' (but through Connect)"
                     ) from error
 
     def _give(self, link: Link, part: Part) -> None:

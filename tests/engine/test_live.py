@@ -31,7 +31,7 @@ from bigdl_lite.comm.door import call
 from bigdl_lite.comm.link import FACT, MOST, TENSOR, Link, exchange, header
 from bigdl_lite.comm.window import Window
 from bigdl_lite.engine import barrier, hall, live
-from bigdl_lite.engine.cluster import cluster_of
+from bigdl_lite.engine.cluster import Connect, cluster_of
 from bigdl_lite.engine.keeper import Part, dump
 from bigdl_lite.engine.live import Address, Listener, Speaker
 from bigdl_lite.engine.recipe import Position, silent
@@ -667,7 +667,22 @@ def test_ranks_of_a_cluster_do_not_speak_in_clear_past_encryption_unless_that_is
 
 def test_on_one_machine_ranks_train_without_live_lines() -> None:
     assert not barrier._may_speak_in_clear(application("local[4]", **ENCRYPTED), False)
-    with barrier._listen(None, silent, None, 20.0, silent) as listener:
+    at, keeper = application("local[4]", spark_driver_host=HOST), SimpleNamespace(checkpoints=None)
+    with barrier._listen(at, silent, None, 20.0, silent, 1) as listener:
         assert listener is None
-    with barrier._listen(HOST, silent, None, 20.0, silent) as listener:  # the control
+    with barrier._listen(at, silent, keeper, 20.0, silent, 1) as listener:  # the control
         assert listener.address.host == HOST and listener.address.deadline == 20.0
+
+
+def test_a_driver_without_an_address_is_an_error_only_for_checkpoints() -> None:
+    at = application("local[4]", spark_driver_host="192.0.2.1")
+    with barrier._listen(at, silent, SimpleNamespace(checkpoints=None), 20.0, silent, 1) as listener:
+        assert listener is None
+    needed = SimpleNamespace(checkpoints=object())
+    with pytest.raises(RecipeError, match=r"cannot listen on 192.0.2.1 .*engine='shuffle', or set spark.driver.host to an address"):
+        barrier._listen(at, silent, needed, 20.0, silent, 1)
+    unknown = SimpleNamespace(client=SimpleNamespace(host="no.such.name.invalid"), session_id="s", conf={})
+    server = Connect(unknown)
+    assert server.host() == "", "behind a proxy, only that knows the name"
+    with pytest.raises(RecipeError, match=r"cannot listen on any address .*; fit without checkpointDir$"):
+        barrier._listen(server, silent, needed, 20.0, silent, 1)
