@@ -31,6 +31,7 @@ DOCS = ROOT / "examples" / "guide" / "deployment.md"
 BEGIN, END = "<!-- tests/matrix.py writes this table -->", "<!-- end of the table -->"
 HEAD = ("Spark", "Python", "torch", "NumPy", "pandas", "pyarrow", "tests", "passed", "failed", "skipped", "on")
 ALL, OLDEST = "all", "oldest"
+TABLE = "tests/test_matrix.py::test_the_table_in_the_docs_is_that_of_the_matrix"  # which is written after the runs
 HOURS = 2  # after which a run of the suite is given up
 
 
@@ -51,9 +52,10 @@ class Spark:
         return f"{self.version}, {OLDEST} of all" if self.oldest else self.version
 
 
-# The Connect client of 3.5 asks for the older NumPy.
+# The Connect client of 3.5 asks for the older NumPy, with which newer pyarrow is not imported.
 SPARKS = (
-    Spark("3.5.0", oldest=True), Spark("3.5.9", needs=("numpy<2", "ml-dtypes<0.6")), Spark("4.0.5"), Spark("4.1.4"), Spark("4.3.0"),
+    Spark("3.5.0", oldest=True), Spark("3.5.9", needs=("numpy<2", "ml-dtypes<0.6", "pyarrow<26")),
+    Spark("4.0.5"), Spark("4.1.4"), Spark("4.3.0"),
 )  # fmt: skip
 OLDEST_PYTHON = "python3.10"
 ASK = """import platform; from importlib.metadata import version as v
@@ -131,7 +133,7 @@ def run(spark: Spark, python: Path, arguments: Sequence[str]) -> Result:
     assert found == spark.version, f"{python} has pyspark {found}"
     with tempfile.TemporaryDirectory() as scratch:
         told = Path(scratch, "told.xml")
-        command = [str(python), "-m", "pytest", f"--junitxml={told}", "-p", "no:cacheprovider", *arguments]
+        command = [str(python), "-m", "pytest", f"--junitxml={told}", "-p", "no:cacheprovider", "--deselect", TABLE, *arguments]
         began = time.monotonic()
         code = subprocess.run(command, cwd=ROOT, env=environ, timeout=HOURS * 3600).returncode
         seconds = time.monotonic() - began

@@ -25,6 +25,10 @@ def test_the_table_in_the_docs_is_that_of_the_matrix() -> None:
         datetime.date.fromisoformat(said["on"])
 
 
+def test_the_test_that_no_run_has_is_the_one_of_the_table() -> None:
+    assert matrix.TABLE.split("::")[1] in globals()
+
+
 def test_the_matrix_holds_the_spark_at_hand_or_an_older_one_of_its_line() -> None:
     """So that a new Spark is not only tried by chance."""
     assert ".".join(metadata.version("pyspark").split(".")[:2]) in {spark.line for spark in matrix.SPARKS}

@@ -253,11 +253,14 @@ def _over_nccl(store: Store, name: str, rank: int, size: int, host: str) -> dist
         socket = listen(host)
         port = socket.getsockname()[1]
         store.put(key, json.dumps([host, port]).encode())
-        # the socket is torch's from here on
-        meeting = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=socket.detach())
+        # the socket is torch's from here on; its other backend, the usual one, cannot be given a socket in torch 2.4
+        fd = socket.detach()
+        meeting = dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=fd, use_libuv=False
+        )  # fmt: skip
     else:
         address, port = json.loads(store.get(key))
-        meeting = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        meeting = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout, use_libuv=False)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(dist.PrefixStore(name, meeting), rank, size, options)
