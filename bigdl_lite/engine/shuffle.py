@@ -62,7 +62,7 @@ from bigdl_lite.engine.tasks import TOKEN, decoder_of, remover_of, state_in
 from bigdl_lite.engine.trigger import Moment
 from bigdl_lite.engine.watch import Judge, best_of, keep_best, shown
 from bigdl_lite.engine.worker import versions
-from bigdl_lite.errors import RecipeError, blamed, revive
+from bigdl_lite.errors import PeerLost, RecipeError, blamed, revive
 from bigdl_lite.model.batchnorm import SyncBatchNorm
 from bigdl_lite.model.replica import Replica
 
@@ -311,6 +311,8 @@ class _Rounds:
             raise revive(errors[0])
         # no token at all: Spark's optimizer knew the frame to be empty, and started no task
         workers = range(self.recipe.num_workers if told else 0)
+        if len(told) < len(workers):  # as Spark 3.5.0 ends a job that was cancelled: without an error
+            raise PeerLost(f"Spark gave the rows of {len(told)} of {len(workers)} workers; was the job cancelled?")
         found = agree([json.loads(told[i].shapes) for i in workers], self.recipe.columns)
         counts, held = tuple(told[i].rows for i in workers), tuple(told[i].held for i in workers)
         self.recipe.check_held(counts, sum(held))

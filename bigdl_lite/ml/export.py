@@ -183,7 +183,7 @@ def _onnx(module: nn.Module, example: tuple[Tensor, ...], inputs: Sequence[str],
         if importlib.util.find_spec(library) is None:
             raise ImportError(f"format='onnx' needs {library}, which is not installed: pip install 'bigdl_lite[onnx]'")
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs)}
-    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
+    if "dynamic_shapes" in inspect.signature(torch.onnx.export).parameters:  # torch 2.4 has the exporter, but for one number of rows
         made = torch.onnx.export(module, example, dynamo=True, dynamic_shapes=_dynamic(module, len(example)), verbose=False, **names)
         return made.model_proto.SerializeToString()
     data = io.BytesIO()

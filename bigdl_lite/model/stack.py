@@ -141,22 +141,25 @@ class Stack(nn.Module):
         return vmap(alone, randomness="same")(weights, buffers).contiguous().movedim(0, 1)
 
     def _tried(self, weights: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> bool:
-        """Whether vmap gives what one model gives alone: outputs, buffers and random numbers. Changes nothing."""
+        """Whether vmap gives what one model gives alone: outputs, buffers and random numbers. Changes nothing.
+
+        The last model is asked: where others have drawn before it, its numbers are not those that it draws alone.
+        """
         before = _random(self.stack.device)
         copies = [{name: x.clone() for name, x in buffers.items()} for _ in range(2)]
         with torch.no_grad():
-            alone = self._alone(_row(weights, 0), _row(copies[0], 0), inputs)
+            alone = self._alone(_row(weights, -1), _row(copies[0], -1), inputs)
             after = _random(self.stack.device)
             _set_random(self.stack.device, before)
             try:
-                together = self._vmapped(weights, copies[1], inputs)[:, 0]
+                together = self._vmapped(weights, copies[1], inputs)[:, -1]
             except Exception:  # vmap has many ways to say that it cannot; in turn, the module's own errors show
                 return False
             else:
                 drawn = all(torch.equal(x, y) for x, y in zip(after, _random(self.stack.device), strict=True))
             finally:
                 _set_random(self.stack.device, before)
-        found = [(alone, together), *((copies[0][name][0], copies[1][name][0]) for name in buffers)]
+        found = [(alone, together), *((copies[0][name][-1], copies[1][name][-1]) for name in buffers)]
         return drawn and all(x.shape == y.shape and torch.allclose(x, y, 1e-4, 1e-6, equal_nan=True) for x, y in found)
 
 

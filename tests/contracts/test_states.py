@@ -241,10 +241,20 @@ MOVING = {
 }
 
 
+def writes_into_its_own_start() -> bool:
+    """Whether torch's SequentialLR takes a rate that is a tensor for its initial one too, and then writes into it: 2.4 does."""
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=RATE.clone(), foreach=False)
+    sequence(optimizer)
+    group = optimizer.param_groups[0]
+    return group["initial_lr"] is group["lr"]
+
+
 @pytest.mark.parametrize(("a", "b"), [(2, 2), (3, 1)])
 @pytest.mark.parametrize("rule", MOVING)
 @pytest.mark.parametrize(("name", "per"), PER)
 def test_a_scheduler_goes_on_where_it_was(name: str, per: str, rule: str, a: int, b: int) -> None:
+    if (name, rule) == ("one after the other", "a tensor") and writes_into_its_own_start():
+        pytest.skip("this torch loses the initial rate of SequentialLR where that is a tensor, broken off or not")
     how = TorchOptimizer(MOVING[rule], SCHEDULERS[name], per)
     expected = undisturbed(how, b)
     for stop, weights in wherever_it_stops(how, a, b):
@@ -314,7 +324,7 @@ def test_what_is_kept_beside_the_parameters_matters_too() -> None:
 @pytest.mark.parametrize("p", [1, 3])
 def test_a_state_can_be_put_back_any_number_of_times(p: int) -> None:
     """Nothing that was put back writes into what was saved: not the moments, not a count, not a rate that is a tensor."""
-    how = TorchOptimizer(MOVING["a tensor"], sequence, "step")
+    how = TorchOptimizer(MOVING["a tensor"], chain if writes_into_its_own_start() else sequence, "step")
     before = Owners(how, p).walk(0, 4)
     state = before.state()
     first, second = (Owners(how, p, before.weights).put(state).walk(4, STEPS).weights for _ in range(2))

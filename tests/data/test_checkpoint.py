@@ -975,6 +975,10 @@ def test_a_network_that_goes_at_any_call_leaves_the_older_or_the_newer(bucket: S
 
 
 def test_a_uri_that_pyarrow_opens_will_do() -> None:
+    try:
+        fs.FileSystem.from_uri("fsspec+memory://checkpoints")
+    except ValueError:  # ArrowInvalid
+        pytest.skip("pyarrow 15 opens no filesystem of fsspec by its address")
     store = Checkpoints("fsspec+memory://checkpoints", "run")
     store.save(example(1))
     assert same(Checkpoints("fsspec+memory://checkpoints", "run").last(), example(1))
