@@ -190,19 +190,17 @@ def _listen(
 ) -> Any:  # fmt: skip
     if keeper is None:  # nothing may travel in clear
         return contextlib.nullcontext()
-    host = cluster.host()
-    where = host or "any address"
+    host = "any address"
     try:
-        if not host:
-            raise OSError("no address leads to the server by its name")
+        host = cluster.host()
         return Listener(host, secrets.token_hex(16), observer, keeper, deadline, lost, ranks=ranks)
     except OSError as error:
         if keeper.checkpoints is not None:
             raise RecipeError(
-                f"ranks cannot bring checkpoints to the driver: it cannot listen on {where} ({error}); "
+                f"ranks cannot bring checkpoints to the driver: it cannot listen on {host} ({error}); "
                 f"{cluster.instead}{cluster.reach}"
             ) from error
-        _LOG.info("no live lines, and after a loss the fit begins anew: the driver cannot listen on %s: %s", where, error)
+        _LOG.info("no live lines, and after a loss the fit begins anew: the driver cannot listen on %s: %s", host, error)
         return contextlib.nullcontext()
 
 

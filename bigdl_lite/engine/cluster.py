@@ -76,7 +76,7 @@ class Cluster(Protocol):
     def setting(self, name: str, default: str) -> str: ...
 
     def host(self) -> str:
-        """The address at which executors can call this program, if they can call it at all; "" where there is none."""
+        """The address at which executors can call this program, if they can call it at all. OSError where there is none."""
         ...
 
     def jobs(self, description: str) -> AbstractContextManager[str]:
@@ -184,15 +184,12 @@ class Connect(_Settings):
             return default
 
     def host(self) -> str:
-        """That of the network which leads to the server; "" where only a proxy knows the server's name."""
+        """That of the network which leads to the server. OSError where only a proxy knows the server's name."""
         server = self._session.client.host.strip("[]")  # type: ignore[attr-defined]
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(server, 15002, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)  # of datagrams: nothing is sent
-                return str(probe.getsockname()[0])
-        except OSError:
-            return ""
+        family, kind, protocol, _, address = socket.getaddrinfo(server, 15002, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of datagrams: nothing is sent
+            return str(probe.getsockname()[0])
 
     @contextlib.contextmanager
     def jobs(self, description: str) -> Iterator[str]:

@@ -17,7 +17,6 @@ Where a firewall forbids it, a fit has no live lines and begins anew after a los
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bigdl_lite.comm.door import Service, call
-from bigdl_lite.comm.link import MOST, TENSOR, Link, exchange
+from bigdl_lite.comm.link import TENSOR, Link, exchange
 from bigdl_lite.comm.window import Window, available, look
 from bigdl_lite.engine.gather import Gathering
 from bigdl_lite.engine.keeper import Keeper, Part, dump, parse
@@ -233,7 +232,10 @@ class Speaker:
             if self._link is None or self._address is None:
                 return None
             try:
-                self._link.tell({"word": word if len(json.dumps(word)) < MOST // 2 else None}, self._address.deadline)
+                try:
+                    self._link.tell({"word": word}, self._address.deadline)
+                except WireError:  # too long, and nothing was sent of it
+                    self._link.tell({"word": None}, self._address.deadline)
                 found: list[Any] | None = _answer(self._link, self._address.deadline)["all"]
                 return found
             except BigDLError:
@@ -262,7 +264,7 @@ class Speaker:
                     host = f"{self._address.host}:{self._address.port}" if self._address else "an address that this run does not have"
                     raise CheckpointError(
                         f"rank {part.rank} cannot bring its part of the checkpoint of step {part.now.step} to the driver at {host}: "
-                        f"{error}; let executors connect to the driver, or take engine='shuffle' (but through Connect)"
+                        f"{error}; let executors connect to the driver, or take engine='shuffle' (not through Connect)"
                     ) from error
 
     def _give(self, link: Link, part: Part) -> None:

@@ -97,7 +97,7 @@ def gather(speakers: Sequence[Speaker], words: Sequence[Any]) -> list[Future[Any
 def test_ranks_gather_through_the_driver() -> None:
     with Listener(HOST, TOKEN, silent, ranks=3) as listener:
         speakers = [Speaker(listener.address, rank) for rank in range(3)]
-        assert [told.result() for told in gather(speakers, ["a", ["b"], None])] == [None] * 3
+        assert [told.result() for told in gather(speakers, ["a", ["b"], "x" * MOST])] == [None] * 3
     with Listener(HOST, TOKEN, silent, ranks=3) as listener:
         speakers = [Speaker(listener.address, rank) for rank in range(3)]
         assert [told.result() for told in gather(speakers, ["a", ["b"], {}])] == [["a", ["b"], {}]] * 3

@@ -29,7 +29,7 @@ SHAPES = {
 def test_a_picture_is_drawn_of_every_shape_of_fit_and_nothing_overlaps(name, tmp_path, recwarn):
     figure = SHAPES[name].plot(tmp_path / "fit.png")
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
-    assert not [w for w in recwarn.list if not issubclass(w.category, DeprecationWarning)]  # matplotlib's own, of other libraries
+    assert not [w for w in recwarn.list if "pyparsing" not in w.category.__module__]  # which matplotlib 3.8 calls by its old names
     renderer = figure.canvas.get_renderer()
     whole = figure.get_window_extent(renderer)
     shown = [axes for axes in figure.axes if axes.get_window_extent(renderer).height > 5]
