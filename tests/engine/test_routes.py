@@ -14,7 +14,7 @@ from bigdl_lite import BarrierEngine, ShuffleEngine, TorchEstimator
 from bigdl_lite.engine import barrier, memory, routes, shipped, shuffle
 from bigdl_lite.engine.cluster import cluster_of
 from bigdl_lite.engine.recipe import Start
-from bigdl_lite.errors import RecipeError
+from bigdl_lite.errors import PeerLost, RecipeError
 from tests.conftest import flat, frame, mlp, problem, uneven
 
 X, Y = problem()
@@ -135,3 +135,10 @@ def test_nothing_is_left_in_shared_memory(spark) -> None:
     fit(spark, "shuffle")
     fit(spark, BarrierEngine())
     assert sorted(os.listdir("/dev/shm")) == before
+
+
+def test_rows_of_some_workers_only_are_an_error_that_says_so() -> None:
+    """As Spark 3.5.0 may end a job that was cancelled."""
+    tokens = SimpleNamespace(collect=lambda: [SimpleNamespace(partition=1, error="")])
+    with pytest.raises(PeerLost, match=r"the rows of 1 of 3 workers; was the job cancelled\?"):
+        shuffle._Rounds._counts(SimpleNamespace(recipe=SimpleNamespace(num_workers=3)), tokens)
